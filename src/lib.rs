@@ -33,7 +33,7 @@
 //! - [`mount`]: the processes behind a mount, and unmounting
 //! - [`attach`]: points as block devices of the kernel, their file systems mounted by it
 //! - [`boot`]: points as disks of a test VM, and whether it comes up
-//! - [`live`]: a VM that runs again at once from a point, while its disks are brought home
+//! - [`live`]: a VM that runs again at once from a point, while its disks are copied to new storage
 //! - [`config`]: the configuration file: which VMs are backed up, and how
 //! - [`cli`]: arguments, output, exit codes
 

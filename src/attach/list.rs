@@ -19,7 +19,7 @@ pub(crate) enum State {
     Attached,
     /// Somebody is attaching or detaching it.
     Changing,
-    /// It was broken off, or something of it is gone: `detach` cleans up.
+    /// It was interrupted, or something of it is gone: `detach` cleans up.
     Stale,
     /// Its journal cannot be read.
     Unreadable,
@@ -52,7 +52,7 @@ pub(crate) fn list(state: &Path) -> Result<Vec<Listed>> {
 
 /// One of them; `None` if it is gone by now.
 fn one(place: &Place) -> Option<Listed> {
-    // Its lock first: what is read after it was free is whole, or was broken off.
+    // Its lock first: what is read after it was free is whole, or was interrupted.
     let changing = place.is_locked();
     let (id, devices, volumes) = (place.id.clone(), Vec::new(), Vec::new());
     let found = match Attachment::read(place) {

@@ -152,7 +152,7 @@ pub(super) enum From<'a> {
 }
 
 /// Takes away what is mounted by us at the folder `at`, and the folder.
-/// Whoever was at work when the attachment was broken off may mount it now; then it is taken away again.
+/// Whoever was at work when the attachment was interrupted may mount it now; then it is taken away again.
 ///
 /// # Errors
 /// `Busy` if it is in use, or something else is mounted there.
@@ -178,7 +178,7 @@ pub(super) fn undo(at: &Path, from: From<'_>) -> Result<()> {
         match gone {
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {}
             Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
-                log::warn!("{}: somebody has put files there; the folder stays", path_text(at));
+                log::warn!("{}: not removed: somebody has put files there", path_text(at));
                 return Ok(());
             }
             other => {

@@ -111,7 +111,7 @@ pub(crate) struct Volume {
 pub(super) struct Attachment {
     /// Its folders.
     pub place: Place,
-    /// What was attached; nothing if it was broken off before that was written.
+    /// What was attached; nothing if it was interrupted before that was written.
     pub begin: Option<Begin>,
     /// What was done, in order.
     pub steps: Vec<Step>,

@@ -59,7 +59,7 @@ pub(super) fn open(place: &Place, path: &Path, size: u64, writable: bool) -> Res
     let failed = |e| Error::io(e, "cannot open the point").at_path(&shown);
     let file = opened.map_err(failed)?;
     if file.metadata().map_err(failed)?.len() != size {
-        let what = format!("{} is another point by now", path_text(path));
+        let what = format!("{} has changed meanwhile", path_text(path));
         return Err(Error::new(Kind::Changed, what).remedy("attach it again"));
     }
     Ok(file)

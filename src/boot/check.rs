@@ -69,7 +69,7 @@ pub(crate) fn check(mut vm: Running, criteria: &Criteria) -> Result<Checked> {
         return Err(Error::new(Kind::Interrupted, "interrupted"));
     }
     if verdict.is_err() && vm.is_full() {
-        let what = "no room was left for what the guest writes";
+        let what = "no space left for what the guest writes";
         let remedy = "give it more (--scratch-size), or another folder (--scratch)";
         return Err(Error::new(Kind::NoSpace, what).remedy(remedy));
     }

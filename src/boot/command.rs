@@ -133,7 +133,7 @@ fn controllers(vm: &Vm) -> Result<Vec<Value>> {
         Chipset::Pc => (OWN_IDE, ide),
     };
     if named > most || sata > OWN_SATA {
-        let what = format!("more SATA or IDE disks than the machine has places ({most})");
+        let what = format!("more SATA or IDE disks than the machine has ports ({most})");
         return Err(Error::new(Kind::Unsupported, what).remedy("use another bus: --bus"));
     }
     let mut all = Vec::new();

@@ -62,8 +62,10 @@ impl FirmwareFiles {
             }
         }
         let what = match vars {
-            Some(size) => format!("no UEFI with a store of variables of {size} bytes is installed"),
-            None => "the disk is booted by UEFI, and none is installed".into(),
+            Some(size) => {
+                format!("no UEFI firmware with a variable store of {size} bytes is installed")
+            }
+            None => "the VM is booted by UEFI, and no UEFI firmware is installed".into(),
         };
         let error = Error::new(Kind::NotFound, what);
         Err(error.remedy("install it (Debian: ovmf), or name it: --firmware and --firmware-vars"))

@@ -19,12 +19,12 @@ const MIB: u64 = 1 << 20;
 /// What a VM is called that is another than the original.
 const NAME: &str = "fleecefs-boot";
 
-/// How the guest's processor is made.
+/// How QEMU runs the guest's processors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Accel {
-    /// By the processor itself (/dev/kvm)
+    /// Hardware virtualization (/dev/kvm)
     Kvm,
-    /// By QEMU alone, which is slow
+    /// Emulation, which is slow
     Tcg,
 }
 
@@ -218,7 +218,7 @@ fn chipset(machine: &Machine) -> Result<Chipset> {
         (_, Some(known)) => Ok(known),
         (None, None) => Ok(Chipset::Q35),
         (Some(other), None) => {
-            let what = format!("the VM was no PC, but of type {other}: it cannot be started");
+            let what = format!("the VM is of type {other}: only PCs (x86) can be started");
             let remedy = "start it by hand over a mount ('fleecefs mount --writable')";
             Err(Error::new(Kind::Unsupported, what).remedy(remedy))
         }

@@ -27,7 +27,7 @@ use super::Catalog;
 use super::link::format;
 use super::points::assemble;
 use super::walk::side_folder::SideFolder;
-use super::walk::tree::{Decision, FileEntry, Folder, Link, Tree};
+use super::walk::tree::{Decision, FileEntry, Folder, LINK, LINK_REMEDY, Link, Tree};
 use crate::error::{Error, Finding, Kind, Result};
 use crate::folder::{Entry, EntryKind};
 use crate::layout::name;
@@ -118,7 +118,7 @@ struct Walk<'a> {
     previous: Option<&'a ProbeCache>,
     cache: ProbeCache,
     tree: Tree,
-    /// What runs that were broken off left.
+    /// What runs that were interrupted left.
     unfinished: Vec<Finding>,
     /// Links that stand for no backup: folder, name, and what they say.
     loose_links: Vec<(PathBuf, OsString, PathBuf)>,
@@ -201,26 +201,22 @@ impl Walk<'_> {
         match entry.kind {
             EntryKind::File => self.file(&entry.name, open, side, folder),
             EntryKind::Link => self.link(&entry.name, open, folder),
-            EntryKind::Other => self.no_backup(&entry.name, "a pipe, socket or device", folder),
+            EntryKind::Other => {
+                let finding = no_backup(&entry.name, "a pipe, socket or device", &folder.path);
+                self.tree.findings.extend(finding);
+            }
             EntryKind::Folder => {}
         }
     }
 
-    /// Something in the place of a backup that is none.
-    fn no_backup(&mut self, name: &OsStr, what: &str, folder: &Folder) {
-        if let Name::Backup { stamp: Some(_), .. } = name::parse(name) {
-            let what = format!("{what} where a backup should be");
-            let path = folder.path.join(name);
-            self.tree.findings.push(Finding::warning(Kind::Unsupported, path, what));
-        }
-    }
-
     fn link(&mut self, name: &OsStr, open: &folder::Folder, folder: &mut Folder) {
-        self.no_backup(name, "a symbolic link, which is not followed,", folder);
         let Ok(text) = open.read_link(name) else { return };
         let Some((level, disk)) = name::parse_link(name) else {
+            if let Some(finding) = no_backup(name, LINK, &folder.path) {
+                let remedy = Some(LINK_REMEDY.to_string());
+                self.tree.findings.push(Finding { remedy, ..finding });
             // `image` is what qmprestore leaves beside a chain, as an absolute path.
-            if name::parse(name) != Name::Ignored && name != "image" {
+            } else if name::parse(name) != Name::Ignored && name != "image" {
                 self.loose_links.push((folder.path.clone(), name.to_os_string(), text));
             }
             return;
@@ -245,7 +241,8 @@ impl Walk<'_> {
         };
         // Exchanged since then: the next scan, which the change leads to, tells what for.
         if !handle.metadata().is_file() {
-            return self.no_backup(name, "something that was replaced while it was read", folder);
+            let what = "something that was replaced while it was read";
+            return self.tree.findings.extend(no_backup(name, what, &folder.path));
         }
         let parsed = name::parse(name);
         let wanted = parsed != Name::Ignored;
@@ -270,6 +267,13 @@ impl Walk<'_> {
         let error = Error::io(e, "cannot read it; points in it are not shown").at_path(path);
         self.tree.findings.push(Finding::from_error(&error, path));
     }
+}
+
+/// What is to be said of something in the place of a backup that is none.
+fn no_backup(name: &OsStr, what: &str, folder: &Path) -> Option<Finding> {
+    let Name::Backup { stamp: Some(_), .. } = name::parse(name) else { return None };
+    let what = format!("{what} where a backup should be");
+    Some(Finding::warning(Kind::Unsupported, folder.join(name), what))
 }
 
 /// Whether a folder is the top of a mount of ours, which shows no files.

@@ -202,7 +202,7 @@ impl Command {
             Command::LinkDisk(a) => (a.json, Json::Document),
             Command::Replicate(a) => (a.print.json, Json::Document),
             Command::Scratch(a) => (a.json(), Json::Document),
-            // An array, which may be broken off.
+            // An array, which may be interrupted.
             Command::Map(_) => (false, Json::No),
             Command::Cleanup(_) | Command::Cancel(_) | Command::Guardian(_) => (false, Json::No),
             Command::Mount(_) | Command::Umount(_) => (false, Json::No),

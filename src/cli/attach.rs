@@ -59,7 +59,8 @@ Examples:
   fleecefs attach --list
   fleecefs detach /view
 
-By hand: 'Attaching by hand' in contrib/doc/recovery.md.")]
+By hand: 'Attaching by hand' in recovery.md (contrib/doc or
+/usr/share/doc/fleecefs).")]
 pub(super) struct AttachArgs {
     /// The backup directory
     #[arg(required_unless_present = "list")]

@@ -140,7 +140,7 @@ fn check(args: &CheckArgs, program: Program) -> Result<()> {
 /// The error for a configuration with mistakes, which were told.
 pub(super) fn wrong(problems: usize) -> Error {
     let what = format!("the configuration has {}", counted(problems as u64, "mistake"));
-    Error::new(Kind::Usage, what).remedy("they are above; fleecefs config check shows all")
+    Error::new(Kind::Usage, what).remedy("they are above; 'fleecefs config check' shows all")
 }
 
 /// Programs that cannot be run, or that somebody else could exchange.

@@ -102,7 +102,8 @@ fn lines(runs: &[&Entry], wide: bool) -> Vec<Line> {
         rows.push(Row::Cells(cells(run), look));
         rows.extend(run.why().map(|text| Row::Below(text, look)));
     }
-    Table { titles: TITLES, right: &["TOOK"], less: LESS, indent: 0, rows }.lines(wide)
+    let table = Table { titles: TITLES, right: &["TOOK"], less: LESS, indent: 0, rows };
+    table.cut("DIRECTORY", wide).lines(wide)
 }
 
 fn cells(run: &Entry) -> Vec<String> {

@@ -146,7 +146,7 @@ fn connect(common: &Common) -> Result<Client> {
     Client::connect(&vm).map_err(|e| match e.kind() {
         Kind::Busy if is_running(common, &vm) => {
             Error::new(Kind::Busy, "a backup of this VM is running and uses the socket")
-                .remedy("fleecefs info status shows it")
+                .remedy("'fleecefs info status' shows it")
         }
         _ => e,
     })
@@ -258,7 +258,7 @@ fn check_targets(targets: &Targets, chosen: &[BitmapLine]) -> Result<()> {
     }
     let absent = |(path, id): &(String, String)| format!("{path} (not mounted or moved, id {id})");
     let all: Vec<String> = there.iter().cloned().chain(gone.iter().map(absent)).collect();
-    let what = format!("that takes bitmaps of other backup directories: {}", all.join(", "));
+    let what = format!("this would remove bitmaps of other backup directories: {}", all.join(", "));
     Err(Error::new(Kind::Usage, what).remedy(remedies(&there, &gone)))
 }
 

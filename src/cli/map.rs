@@ -74,7 +74,7 @@ struct Row {
     error: bool,
 }
 
-/// Memory for folded windows; `map` goes over each once.
+/// Memory for merged windows; `map` goes over each once.
 const CACHE_BYTES: u64 = 16 << 20;
 
 /// Runs `fleecefs map`.
@@ -103,7 +103,7 @@ pub(super) fn run(args: MapArgs) -> Result<()> {
     unread.map_or(printed, Err)
 }
 
-/// Writes rows while the image is being folded: a disk may have any number of them.
+/// Writes rows while the image is being merged: a disk may have any number of them.
 struct Rows<'a, W> {
     image: &'a Image,
     depth: usize,

@@ -26,6 +26,8 @@ mod list;
 mod live_restore;
 mod map;
 mod mount;
+#[cfg(test)]
+mod named_commands;
 mod nightly;
 mod one_run;
 mod paths;

@@ -1,8 +1,8 @@
 //! The points of one VM that a command is about: a run, or points by name.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of};
+use crate::chain::{Catalog, Disk, manifest_of, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
 use crate::manifest::Manifest;
@@ -36,14 +36,31 @@ pub(super) struct OneRun<'a> {
 pub(super) fn find<'a>(catalog: &'a Catalog, names: &[PathBuf]) -> Result<OneRun<'a>> {
     let points = match names {
         [] => of_run(catalog, "latest")?,
-        [name] => match name.to_str().map(|n| of_run(catalog, n)) {
-            Some(Err(e)) if e.kind() == Kind::NotFound => vec![catalog.find(name)?],
-            Some(found) => found?,
-            None => vec![catalog.find(name)?],
-        },
+        [name] => of_one_name(catalog, name)?,
         several => several.iter().map(|p| catalog.find(p)).collect::<Result<_>>()?,
     };
     of_points(points)
+}
+
+/// A run, or else a point, of this name.
+fn of_one_name<'a>(catalog: &'a Catalog, name: &Path) -> Result<Vec<(&'a Disk, usize)>> {
+    match name.to_str().map(|n| of_run(catalog, n)) {
+        Some(Err(e)) if e.kind() == Kind::NotFound => match catalog.find(name) {
+            Err(e) if e.kind() == Kind::NotFound => Err(no_such(catalog, name)),
+            found => found.map(|point| vec![point]),
+        },
+        Some(found) => found,
+        None => catalog.find(name).map(|point| vec![point]),
+    }
+}
+
+fn no_such(catalog: &Catalog, name: &Path) -> Error {
+    let (shown, dir) = (path_text(&name), path_text(&catalog.root));
+    let names = run::names(catalog).into_iter().chain(catalog.names_of_points(name));
+    let near = nearest(&shown, names);
+    Error::new(Kind::NotFound, format!("no run or point '{shown}' in {dir}")).remedy(format!(
+        "{near}'fleecefs list --runs DIR' shows the runs, 'fleecefs list DIR' the points"
+    ))
 }
 
 fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>> {
@@ -53,11 +70,14 @@ fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>
     }
     match run.missing.first() {
         None => Ok(run.points),
-        Some(i) => {
-            let what = format!("image {} of this run is missing", path_text(&i.image));
-            Err(Error::new(Kind::Incomplete, what).remedy("name the points of the other disks"))
-        }
+        Some(i) => Err(is_missing(&i.image)),
     }
+}
+
+/// That an image of a run is missing.
+pub(super) fn is_missing(image: &str) -> Error {
+    let what = format!("image {} of this run is missing", path_text(image));
+    Error::new(Kind::Incomplete, what).remedy("name the points of the other disks")
 }
 
 /// The same of points that were found.

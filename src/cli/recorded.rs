@@ -38,7 +38,7 @@ impl Recorded<'_> {
     }
 
     fn keep(&self, entry: &Entry) {
-        let what = "this run is not in the history";
+        let what = "this run was not recorded in the history";
         let state = match self.state.dir() {
             Ok(state) => state,
             // A user without a state folder has no history, which is the same every time.

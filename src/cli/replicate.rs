@@ -137,7 +137,7 @@ fn check_apart(source: &Path, target: &Path) -> Result<()> {
     if !source.starts_with(target) && !target.starts_with(source) {
         return Ok(());
     }
-    let what = format!("SRC and DST are not apart: {}", path_text(source));
+    let what = format!("SRC and DST overlap: {}", path_text(source));
     Err(Error::new(Kind::Usage, what).at_path(target).remedy("name a folder beside it"))
 }
 

@@ -138,7 +138,7 @@ enum ReflinkArg {
     Never,
 }
 
-/// Memory for folded windows: the plan folds them, the execution finds them there.
+/// Memory for merged windows: the plan merges them, the execution finds them there.
 const CACHE_BYTES: u64 = 256 << 20;
 
 /// One thing to restore.
@@ -427,6 +427,10 @@ pub(crate) fn check_outside(catalog: &Catalog, path: &Path) -> Result<()> {
 fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     let name = job.disk.point_path(job.point);
     let image = open_point(job.disk, job.point, &Cache::new(CACHE_BYTES))?;
+    // The plan, or the line of each range that is zeros then, has them.
+    if how.dry_run || how.salvage {
+        image.log_no_findings();
+    }
     let plan = Plan::new(&image, work)?;
     if how.dry_run {
         let text = show_plan(how, &name, &job.target, &plan)?;

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::table::{Row, Table};
 use super::{paths, verbosity};
+use crate::chain::nearest;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder, user_paths};
 use crate::output::{self, Look};
@@ -165,9 +166,10 @@ fn drop_some(folder: Folder, args: &DropArgs) -> Result<()> {
 fn find<'a>(kept: &KeptFolder, all: &'a [About], wanted: &str) -> Result<&'a About> {
     all.iter().find(|about| name(about) == wanted).ok_or_else(|| {
         let text = format!("no overlay '{}' here", path_text(wanted));
+        let near = nearest(wanted, all.iter().map(name));
         Error::new(Kind::NotFound, text)
             .at_path(kept.path())
-            .remedy("'fleecefs scratch list' shows them")
+            .remedy(format!("{near}'fleecefs scratch list' shows them"))
     })
 }
 

@@ -173,8 +173,10 @@ fn without_any(e: Error) -> Error {
         return e;
     }
     let text = format!("{}, and no backup directory is named", e.message());
-    let said = Error::new(Kind::NotFound, text)
-        .remedy("name backup directories, or configure VMs: contrib/doc/nightly.md");
+    let said = Error::new(Kind::NotFound, text).remedy(
+        "name backup directories, or configure VMs: see nightly.md in contrib/doc or \
+             /usr/share/doc/fleecefs",
+    );
     match e.path() {
         Some(path) => said.at_path(path),
         None => said,
@@ -185,12 +187,12 @@ fn without_any(e: Error) -> Error {
 fn look(args: &HealthArgs, wanted: &[(PathBuf, Option<u64>)], now: i64) -> Vec<DirectoryHealth> {
     let state = args.state.dir();
     if let Err(e) = &state {
-        log::warn!("what runs did is not known: {}", e.report());
+        log::warn!("cannot read the history: {}", e.report());
     }
     let state = state.ok();
     let history = state.as_deref().map(history::read).unwrap_or_else(|| Ok(Default::default()));
     let history = history.unwrap_or_else(|e| {
-        log::warn!("what runs did is not known: {}", e.report());
+        log::warn!("cannot read the history: {}", e.report());
         Default::default()
     });
     let interrupted = state.as_deref().map_or_else(|| Ok(Vec::new()), journal::interrupted);
@@ -282,7 +284,7 @@ fn lines(all: &[DirectoryHealth], now: i64, wide: bool) -> Vec<Line> {
         }
     }
     let right = &["CHAIN", "STORED"];
-    Table { titles: TITLES, right, less: LESS, indent: 2, rows }.lines(wide)
+    Table { titles: TITLES, right, less: LESS, indent: 2, rows }.cut("DISK", wide).lines(wide)
 }
 
 fn look_of(status: Status) -> Look {

@@ -10,6 +10,12 @@ const WIDTH: usize = 80;
 /// Between two columns.
 const GAP: usize = 2;
 
+/// In the place of what is cut.
+const CUT: &str = "...";
+
+/// What is left of a cell that is cut takes so much at least.
+const LEAST: usize = 16;
+
 /// A level as tables show it.
 pub(super) fn level_name(level: Level) -> &'static str {
     match level {
@@ -69,6 +75,27 @@ impl Table {
         lines
     }
 
+    /// Cuts the begin of cells below `title` where a row would be too long even without all of `less`; not if `wide`.
+    pub(super) fn cut(mut self, title: &str, wide: bool) -> Self {
+        let widths = self.widths();
+        let stay = |i: &usize| !self.less.contains(&self.titles[*i]);
+        let cells: usize = (0..self.titles.len()).filter(stay).map(|i| widths[i] + GAP).sum();
+        let over = (self.indent + cells).saturating_sub(GAP + WIDTH);
+        let Some(at) = self.titles.iter().position(|t| *t == title).filter(|_| !wide && over > 0)
+        else {
+            return self;
+        };
+        let most = widths[at].saturating_sub(over).max(LEAST);
+        for row in &mut self.rows {
+            if let Row::Cells(cells, _) = row
+                && let Some(cell) = cells.get_mut(at)
+            {
+                *cell = end_of(cell, most);
+            }
+        }
+        self
+    }
+
     fn widths(&self) -> Vec<usize> {
         let mut widths: Vec<usize> = self.titles.iter().map(|t| t.len()).collect();
         for row in &self.rows {
@@ -93,6 +120,16 @@ impl Table {
         line.truncate(line.trim_end().len());
         line
     }
+}
+
+/// The end of a text that takes more than `most` columns: of paths that tells more than the begin.
+fn end_of(text: &str, most: usize) -> String {
+    if columns(text) <= most {
+        return text.to_string();
+    }
+    let mut rest = text.chars();
+    while columns(rest.as_str()) + CUT.len() > most && rest.next().is_some() {}
+    format!("{CUT}{}", rest.as_str())
 }
 
 #[cfg(test)]
@@ -128,6 +165,19 @@ mod tests {
                 "  a     text    512 B  ok"
             ]
         );
+    }
+
+    #[test]
+    fn what_is_too_long_even_then_is_cut_at_its_begin() {
+        let long = format!("{}/disk1.qcow2", "é".repeat(90));
+        let wide = |lines: &[Line]| lines.iter().map(|l| columns(&l.text)).max().unwrap();
+        let lines = table(&long).cut("NAME", false).lines(false);
+        assert_eq!(wide(&lines), WIDTH, "{:?}", text(&lines));
+        let row = text(&lines)[2];
+        assert!(row.starts_with("  ...é") && row.ends_with("/disk1.qcow2  ok"), "{row}");
+        // All of it with -v, and where there is room.
+        assert!(text(&table(&long).cut("NAME", true).lines(true))[2].contains(&long));
+        assert!(text(&table("name").cut("NAME", false).lines(false))[2].starts_with("  name "));
     }
 
     #[test]

@@ -110,7 +110,7 @@ pub(super) struct MergeArgs {
     over: ForceArgs,
 }
 
-/// Memory for folded windows.
+/// Memory for merged windows.
 const CACHE_BYTES: u64 = 256 << 20;
 
 impl VerbArgs {
@@ -188,7 +188,8 @@ fn merge_into_full(verb: &VerbArgs, with_snapshots: bool) -> Result<()> {
     let (catalog, _locks) = verb.catalog(true)?;
     let line = match verb.line(&catalog, Newest::OfChain) {
         Err(e) if e.kind() == Kind::NotFound => {
-            let done = verb.until.as_ref().and_then(|u| rewrite::folded(&catalog, &verb.filter, u));
+            let done =
+                verb.until.as_ref().and_then(|u| rewrite::merged_into(&catalog, &verb.filter, u));
             let Some(full) = done else { return Err(e) };
             return output::print_sentences(&format!(
                 "{} already has that state\n",

@@ -1,5 +1,5 @@
 //! What every command that alters a backup directory begins with: the lock, and what a run that was
-//! broken off left to be finished.
+//! interrupted left to be finished.
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;

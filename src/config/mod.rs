@@ -65,7 +65,7 @@ impl Config {
             let names = self.vms.iter().map(|vm| vm.name.as_str());
             let hint = keys::did_you_mean(name, names);
             let what = format!("no VM {} in the configuration{hint}", path_text(name));
-            Error::new(Kind::NotFound, what).remedy("fleecefs config list shows all")
+            Error::new(Kind::NotFound, what).remedy("'fleecefs config list' shows all")
         })
     }
 

@@ -84,7 +84,10 @@ impl ConfigFile {
         if main.is_none() && vms.is_empty() {
             return Err(Error::new(Kind::NotFound, "there is no configuration")
                 .at_path(&self.path)
-                .remedy("make it, see contrib/doc/nightly.md, or name one with --config-file"));
+                .remedy(
+                    "make it, see nightly.md in contrib/doc or /usr/share/doc/fleecefs, or name one \
+                     with --config-file",
+                ));
         }
         Ok((main, vms))
     }

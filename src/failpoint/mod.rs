@@ -16,7 +16,7 @@
 //!   NBD, the file `ready` in it says where, and the run waits for a file `go`
 //! - `FLEECEFS_WALK=1`: what is copied besides the dirty bits is also looked for in the whole disk, and a
 //!   backup that has missed something fails
-//! - `FLEECEFS_BLIND=1`: every QEMU's frozen view counts as one that cannot be read across clusters
+//! - `FLEECEFS_HIDES_STATUS=1`: every QEMU's frozen view counts as one that cannot be read across clusters
 //! - `FLEECEFS_BARRIER=BYTES`: how much an image grows from one barrier to the next; a single processor is
 //!   enough then
 //! - `FLEECEFS_JOURNAL=SOCKET`: messages for the system log go to that socket

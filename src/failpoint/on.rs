@@ -17,7 +17,7 @@ const STEPS_ALL: &str = "FLEECEFS_STEPS_ALL";
 const ANSWER_TIMEOUT: &str = "FLEECEFS_ANSWER_TIMEOUT";
 const HOLD: &str = "FLEECEFS_HOLD";
 const WALK: &str = "FLEECEFS_WALK";
-const BLIND: &str = "FLEECEFS_BLIND";
+const HIDES_STATUS: &str = "FLEECEFS_HIDES_STATUS";
 const BARRIER: &str = "FLEECEFS_BARRIER";
 const JOURNAL: &str = "FLEECEFS_JOURNAL";
 
@@ -131,7 +131,7 @@ pub(crate) fn walks_all() -> bool {
 
 /// Whether frozen views count as those of a QEMU that needs care.
 pub(crate) fn hides_status() -> bool {
-    std::env::var_os(BLIND).is_some()
+    std::env::var_os(HIDES_STATUS).is_some()
 }
 
 /// The socket that stands for the system's journal.

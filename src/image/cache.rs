@@ -141,7 +141,7 @@ pub struct CacheFigures {
     /// How many were dropped to stay below the bound.
     pub evictions: u64,
     /// How many windows were merged.
-    pub folds: u64,
+    pub merges: u64,
     /// How many units were decompressed.
     pub decompressions: u64,
 }
@@ -173,7 +173,7 @@ pub struct Cache {
     inner: Mutex<Inner>,
     /// Told whenever a unit has been decompressed.
     made: Condvar,
-    folds: AtomicU64,
+    merges: AtomicU64,
     decompressions: AtomicU64,
     next_id: AtomicU64,
     holds: Holds,
@@ -186,7 +186,7 @@ impl Cache {
             limit,
             inner: Mutex::new(Inner::default()),
             made: Condvar::new(),
-            folds: AtomicU64::new(0),
+            merges: AtomicU64::new(0),
             decompressions: AtomicU64::new(0),
             next_id: AtomicU64::new(1),
             holds: Holds::default(),
@@ -201,7 +201,7 @@ impl Cache {
             used: inner.used,
             entries: inner.list.len() as u64,
             evictions: inner.evictions,
-            folds: self.folds.load(Ordering::Relaxed),
+            merges: self.merges.load(Ordering::Relaxed),
             decompressions: self.decompressions.load(Ordering::Relaxed),
         }
     }
@@ -224,7 +224,7 @@ impl Cache {
         window: &Arc<Window>,
         group: &Arc<SlotGroup>,
     ) {
-        self.folds.fetch_add(1, Ordering::Relaxed);
+        self.merges.fetch_add(1, Ordering::Relaxed);
         let slot = index as usize % SlotGroup::LEN;
         let entry = Entry::Window { window: window.clone(), group: Arc::downgrade(group), slot };
         if entry.bytes() > self.limit {

@@ -1,4 +1,4 @@
-//! A `link-disk` that is at work, or was broken off: `.fleecefs/link-disk.journal` in the folders of both
+//! A `link-disk` that is at work, or was interrupted: `.fleecefs/link-disk.journal` in the folders of both
 //! disks, from before the first file gets its second name until the last old one is gone.
 //!
 //! A manifest whose image is yet to come is listed here, and is no lost point.

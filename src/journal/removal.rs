@@ -1,4 +1,4 @@
-//! What prune and consolidate were about to remove from a folder when they were broken off:
+//! What prune and consolidate were about to remove from a folder when they were interrupted:
 //! `.fleecefs/removal.journal`, written before the first file goes, removed after the last.
 //!
 //! A manifest whose image is gone speaks of a lost point, unless its name is listed here.

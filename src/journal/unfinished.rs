@@ -1,4 +1,4 @@
-//! What a run that altered a folder left when it was broken off, by the files that say so:
+//! What an interrupted run left in a folder that it changed, by the files that say so:
 //! `.fleecefs/fold.json` (`commit`, `snapshot-rebase`), `.fleecefs/<image>.header` (a header that
 //! was being changed), `.fleecefs/removal.journal` (`prune`, `consolidate`), `.fleecefs/link-disk.journal`.
 //! Whoever writes to the folder finishes it first; whoever reads says that it is there.

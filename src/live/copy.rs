@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::journal::{Begun, HomeDisk};
+use super::journal::{Begun, NewDisk};
 use super::nodes::{self, base_name, job_name, stream};
 use super::surroundings::{Status, Surroundings};
 use crate::backup::graph::GRAPH;
@@ -36,12 +36,12 @@ struct BlockJob {
 
 /// A disk on its way.
 struct Moving<'a> {
-    disk: &'a HomeDisk,
+    disk: &'a NewDisk,
     progress: Arc<dyn Progress>,
     begun: Instant,
     /// How far it was when last seen.
     seen: u64,
-    home: bool,
+    copied: bool,
     /// Why it last did not go on.
     told: Option<String>,
 }
@@ -60,16 +60,16 @@ pub(super) struct Copying<'a> {
 impl<'a> Copying<'a> {
     /// Over the connection to the QEMU of `begun`.
     pub(super) fn new(s: &'a Surroundings<'a>, client: Client, begun: &'a Begun) -> Self {
-        let moving = |disk: &'a HomeDisk| {
+        let moving = |disk: &'a NewDisk| {
             let progress = s.watch.disk(&disk.point.disk);
             progress.begin("live-restore", disk.point.size);
-            Moving { disk, progress, begun: Instant::now(), seen: 0, home: false, told: None }
+            Moving { disk, progress, begun: Instant::now(), seen: 0, copied: false, told: None }
         };
         let disks = begun.disks.iter().map(moving).collect();
         Copying { s, client, begun, disks, tried: None, guest_told: false }
     }
 
-    /// Goes on until all are home.
+    /// Goes on until all are copied.
     ///
     /// # Errors
     /// As [`super::finish`].
@@ -79,7 +79,7 @@ impl<'a> Copying<'a> {
             let jobs: Vec<Job> = self.client.poll("query-jobs")?;
             let retry = self.tried.is_none_or(|at| at.elapsed() >= RETRY);
             for i in 0..self.disks.len() {
-                if !self.disks.get(i).is_none_or(|m| m.home) {
+                if !self.disks.get(i).is_none_or(|m| m.copied) {
                     self.look(i, &jobs, retry)?;
                 }
             }
@@ -87,7 +87,7 @@ impl<'a> Copying<'a> {
             if retry {
                 self.tried = Some(Instant::now());
             }
-            if self.disks.iter().all(|m| m.home) {
+            if self.disks.iter().all(|m| m.copied) {
                 return Ok(());
             }
             step("waiting");
@@ -137,7 +137,7 @@ impl<'a> Copying<'a> {
         }
     }
 
-    /// A disk without a job is home, or needs one.
+    /// A disk without a job is copied, or needs one.
     fn without_job(&mut self, i: usize) -> Result<()> {
         let Some(disk) = self.disks.get(i).map(|m| m.disk) else { return Ok(()) };
         let graph: Graph = self.client.query(GRAPH, json!({}))?;
@@ -162,7 +162,7 @@ impl<'a> Copying<'a> {
         }
         self.let_go(disk, graph.id(&base_name(&disk.node)).is_some())?;
         if let Some(m) = self.disks.get_mut(i) {
-            m.home = true;
+            m.copied = true;
             m.progress.advance(m.disk.point.size.saturating_sub(m.seen));
             m.progress.end(m.begun.elapsed());
             self.s.watch.say(&format!("{}: no longer needs the backup", m.disk.point.disk));
@@ -171,7 +171,7 @@ impl<'a> Copying<'a> {
     }
 
     /// Has QEMU close the files of a disk's point.
-    fn let_go(&mut self, disk: &HomeDisk, is_open: bool) -> Result<()> {
+    fn let_go(&mut self, disk: &NewDisk, is_open: bool) -> Result<()> {
         if is_open {
             let base = json!({"node-name": base_name(&disk.node)});
             self.client.execute("blockdev-del", base)?;

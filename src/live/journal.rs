@@ -43,12 +43,12 @@ pub(crate) struct Begun {
     pub backup: BackupDirectory,
     /// Whether the VM is another than the one that was backed up.
     pub new_identity: bool,
-    /// What the user asked for that only the start heeds.
+    /// What the user asked for that counts only at the start.
     pub asked: Vec<String>,
     /// QEMU's arguments, but for the nodes of the disks.
     pub arguments: Vec<String>,
     /// The disks.
-    pub disks: Vec<HomeDisk>,
+    pub disks: Vec<NewDisk>,
     /// An empty store of UEFI's variables that was copied.
     pub vars: Option<CopiedVars>,
 }
@@ -81,9 +81,9 @@ pub(crate) struct CopiedVars {
     pub template: PathBuf,
 }
 
-/// A disk that is brought home.
+/// A disk that is copied to new storage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct HomeDisk {
+pub(crate) struct NewDisk {
     /// The name of its node.
     pub node: String,
     /// Its file in the storage folder.
@@ -251,7 +251,7 @@ mod tests {
             size: 512,
             files: Vec::new(),
         };
-        let disk = HomeDisk { node: "disk0".into(), file: file.into(), point, bitmap: None };
+        let disk = NewDisk { node: "disk0".into(), file: file.into(), point, bitmap: None };
         Begun {
             format_version: 0,
             id: "00".into(),

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::journal::{Begun, HomeDisk};
+use super::journal::{Begun, NewDisk};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::lock::Locks;
@@ -43,7 +43,7 @@ struct Mark {
     points: Vec<String>,
 }
 
-fn point(disk: &HomeDisk) -> String {
+fn point(disk: &NewDisk) -> String {
     to_text(Path::new(&disk.point.disk).join(&disk.point.name).as_os_str())
 }
 
@@ -138,7 +138,7 @@ pub(crate) fn check_none(locks: &Locks) -> Result<()> {
             None => "a VM of 'live-restore' still needs this backup".into(),
         };
         return Err(Error::new(Kind::Busy, what).at_path(path).remedy(
-            "run that live-restore again until its disks are at home; if that VM was given up, remove this file",
+            "run that live-restore again until its disks are copied; if that VM was given up, remove this file",
         ));
     }
     Ok(())

@@ -1,6 +1,6 @@
-//! A VM that runs again at once, on a point of its backup, while its disks are brought home beneath it.
+//! A VM that runs again at once, on a point of its backup, while its disks are copied to new storage.
 //!
-//! - Each disk is a new qcow2 image in the storage folder over the point: it is the disk's home from the first moment.
+//! - Each disk is a new qcow2 image in the storage folder over the point: all that the guest writes goes there, from the first moment.
 //!   QEMU copies the rest into it (`block-stream`) and then forgets the point. All that the guest ever writes goes to this
 //!   one file, so there is no other side that could be newer, and nothing that is flushed can be lost at any moment.
 //! - The point is the layer files themselves, each spelled out and read-only ([`crate::boot::graph`]): no mount or process
@@ -29,7 +29,7 @@ mod storage;
 mod surroundings;
 
 pub(crate) use journal::{
-    BackupDirectory, Begun, CopiedVars, HomeDisk, LiveFile, LivePoint, Recording, Stage,
+    BackupDirectory, Begun, CopiedVars, LiveFile, LivePoint, NewDisk, Recording, Stage,
 };
 pub(crate) use nodes::{Base, base_name, shown};
 pub(crate) use run::{Bases, Live, finish, is_running, resume, start, unprotect};

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::journal::{Begun, HomeDisk};
+use super::journal::{Begun, NewDisk};
 use super::storage::UNFINISHED;
 use crate::boot::argument;
 use crate::error::{Error, Kind, Result};
@@ -71,7 +71,7 @@ impl Handed {
     }
 }
 
-/// The name of the job that brings a disk home.
+/// The name of the job that copies a disk.
 pub(super) fn job_name(node: &str) -> String {
     format!("live-restore-{node}")
 }
@@ -82,7 +82,7 @@ fn file_name(node: &str) -> String {
 
 /// The same node for `blockdev-reopen`, with nothing changed: what QEMU does then is to write out all that it has of it,
 /// and to tell if that fails.
-pub(super) fn unchanged(disk: &HomeDisk, needs_backup: bool) -> Value {
+pub(super) fn unchanged(disk: &NewDisk, needs_backup: bool) -> Value {
     json!({
         "driver": "qcow2",
         "node-name": disk.node,
@@ -96,7 +96,7 @@ pub(super) fn unchanged(disk: &HomeDisk, needs_backup: bool) -> Value {
 ///
 /// # Errors
 /// `Unsupported` if its name is no text.
-pub(super) fn image(disk: &HomeDisk, path: &Path, needs_backup: bool) -> Result<Value> {
+pub(super) fn image(disk: &NewDisk, path: &Path, needs_backup: bool) -> Result<Value> {
     Ok(json!({
         "driver": "qcow2",
         "node-name": disk.node,
@@ -169,7 +169,7 @@ pub(crate) fn shown(storage: &Path, begun: &Begun, bases: &[Value]) -> Result<Ve
 }
 
 /// What `block-stream` is told, for at most `rate` bytes per second.
-pub(super) fn stream(disk: &HomeDisk, rate: u64) -> Value {
+pub(super) fn stream(disk: &NewDisk, rate: u64) -> Value {
     json!({
         "device": disk.node,
         "job-id": job_name(&disk.node),

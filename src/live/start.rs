@@ -208,7 +208,7 @@ fn connect(
 ) -> Result<Client> {
     let address = Address::Unix(path.join(OWN_SOCKET));
     loop {
-        // The connection is taken before QEMU is ready to greet, and broken off if it ends before.
+        // The connection is taken before QEMU is ready to greet, and interrupted if it ends before.
         let left = deadline.saturating_duration_since(Instant::now());
         let patience = left.max(LOOK);
         let failed = match Client::connect_within(&address, patience, Some(cancel.clone())) {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::journal::{self, Begun, CopiedVars, HomeDisk, Journal, Stage};
+use super::journal::{self, Begun, CopiedVars, Journal, NewDisk, Stage};
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::folder::{self, Folder, Lock, Replace};
@@ -46,8 +46,8 @@ impl Storage {
         folder::check_unchangeable(path, remedy)?;
         let own = folder.make_folder(OWN).map_err(failed)?;
         let Some(lock) = own.lock(COMMAND_LOCK).map_err(failed)? else {
-            let e = Error::new(Kind::Busy, "another live-restore is at work in this folder");
-            return Err(e.at_path(path).remedy("let it go on, or end it"));
+            let e = Error::new(Kind::Busy, "another live-restore is running for this folder");
+            return Err(e.at_path(path).remedy("wait for it, or stop it"));
         };
         Ok(Storage { folder, own, _lock: lock })
     }
@@ -115,7 +115,7 @@ impl Storage {
     }
 
     /// The path of a disk's image.
-    pub(super) fn image(&self, disk: &HomeDisk) -> PathBuf {
+    pub(super) fn image(&self, disk: &NewDisk) -> PathBuf {
         self.folder.join(&disk.file)
     }
 
@@ -128,7 +128,7 @@ impl Storage {
     ///
     /// # Errors
     /// `Exists`; `Usage` if the disk is larger than such an image can be; what the operating system said.
-    pub(super) fn make(&self, begun: &Begun, disk: &HomeDisk) -> Result<()> {
+    pub(super) fn make(&self, begun: &Begun, disk: &NewDisk) -> Result<()> {
         let path = self.image(disk);
         let failed = |e| Error::io(e, "cannot make the disk").at_path(&path);
         let shape = NewImage {
@@ -152,7 +152,9 @@ impl Storage {
     pub(super) fn copy_vars(&self, begun: &Begun) -> Result<()> {
         let Some(CopiedVars { file, template }) = &begun.vars else { return Ok(()) };
         let written = self.folder.write_whole(file, &template_bytes(template)?);
-        written.map_err(|e| Error::io(e, "cannot make the store").at_path(self.folder.join(file)))
+        written.map_err(|e| {
+            Error::io(e, "cannot write the variables of UEFI").at_path(self.folder.join(file))
+        })
     }
 
     /// Removes what was made and never used: images that still have the name of this very restore in them. (The store of
@@ -167,7 +169,8 @@ impl Storage {
             }
         }
         let Some(CopiedVars { file, template }) = &begun.vars else { return Ok(()) };
-        let failed = |e| Error::io(e, "cannot read the store").at_path(self.folder.join(file));
+        let failed =
+            |e| Error::io(e, "cannot read the variables of UEFI").at_path(self.folder.join(file));
         let there = self.folder.read_if_there(file, LARGEST_VARS).map_err(failed)?;
         match there.is_some_and(|b| template_bytes(template).is_ok_and(|t| t == b)) {
             true => self.remove(file),
@@ -185,7 +188,7 @@ impl Storage {
     ///
     /// # Errors
     /// `NotFound` if it is gone; `Corrupt` if it is not the image of this restore.
-    pub(crate) fn needs_backup(&self, begun: &Begun, disk: &HomeDisk) -> Result<bool> {
+    pub(crate) fn needs_backup(&self, begun: &Begun, disk: &NewDisk) -> Result<bool> {
         let path = self.image(disk);
         if !self.folder.has(&disk.file) {
             let e = Error::new(Kind::NotFound, "the image of a disk of the VM is gone");
@@ -202,7 +205,7 @@ impl Storage {
     }
 
     /// What the image names as its backing file; `None` also if there is no image.
-    fn backing(&self, disk: &HomeDisk) -> Result<Option<String>> {
+    fn backing(&self, disk: &NewDisk) -> Result<Option<String>> {
         let path = self.image(disk);
         let failed = |e| Error::io(e, "cannot read the image").at_path(&path);
         let opened = folder::absent_is_none(self.folder.open_file(&disk.file)).map_err(failed)?;

@@ -2,7 +2,7 @@
 //!
 //! A page that says what it is, and then for each level, the root's first, one record after the other, each level from
 //! a page's beginning; what was never written is a hole. Each block's bits stand for themselves, and are written after
-//! the block's data is on disk: so it does not matter where writing them was broken off. The file has its length from
+//! the block's data is on disk: so it does not matter where writing them was interrupted. The file has its length from
 //! the beginning: one that was cut short is told from one to which little was written.
 
 use std::collections::HashSet;

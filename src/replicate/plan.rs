@@ -107,7 +107,7 @@ pub(crate) fn plan(facts: &[Facts], newer: bool) -> Vec<Step> {
         let is_new = matches!(steps[i].action, Action::Sent | Action::Recorded);
         let unusable = |n: &&usize| matches!(steps[**n].action, Action::Left | Action::Unfinished);
         if is_new && facts[i].needs.iter().any(|n| unusable(&n)) {
-            let why = Some("it builds on a point that is not sent".to_string());
+            let why = Some("it depends on a point that is not sent".to_string());
             steps[i] = Step { action: Action::Left, why };
         }
     }

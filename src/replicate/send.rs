@@ -287,7 +287,7 @@ impl Sender<'_, '_> {
         let done = match item.needs.iter().find(|n| lost(n)) {
             Some(n) => {
                 let name = crate::text::path_text(self.items[*n].name.as_os_str());
-                let what = format!("it builds on {name}, which could not be sent");
+                let what = format!("it depends on {name}, which could not be sent");
                 Err(Trouble::Item(Error::new(Kind::Incomplete, what)))
             }
             None if steps[i].action == Action::Sent => self.image(item),

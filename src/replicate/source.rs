@@ -219,7 +219,8 @@ impl Items<'_> {
     fn is_of(&mut self, index: usize, at: (usize, usize), disk: &Disk, needs: Vec<Option<usize>>) {
         let Some(item) = self.source.items.get_mut(index) else { return };
         if needs.contains(&None) {
-            item.blocked.get_or_insert_with(|| "it builds on a file that is not replicated".into());
+            item.blocked
+                .get_or_insert_with(|| "it depends on a file that is not replicated".into());
         }
         item.needs.extend(needs.into_iter().flatten().filter(|n| *n < index));
         item.needs.sort_unstable();

@@ -223,11 +223,11 @@ impl Store {
             match there.and_then(|h| h.fingerprint) {
                 Some(own) if own == need.fingerprint => {}
                 Some(_) => {
-                    let what = "the image that the next one builds on is another one here";
+                    let what = "the parent of the next image is another file here";
                     return Err(Error::new(Kind::Changed, what).at_path(path));
                 }
                 None => {
-                    let what = "the image that the next one builds on is missing here";
+                    let what = "the parent of the next image is missing here";
                     return Err(Error::new(Kind::Incomplete, what).at_path(path));
                 }
             }
@@ -364,7 +364,7 @@ fn check_manifest(
     }
     match m.parent.filter(|parent| !folder.look(parent).is_ok_and(|meta| meta.is_file())) {
         Some(parent) => {
-            let what = "the image that the next one builds on is missing here";
+            let what = "the parent of the next image is missing here";
             Err(Error::new(Kind::Incomplete, what).at_path(folder.join(parent)))
         }
         None => Ok(()),
@@ -446,7 +446,7 @@ impl Incoming {
             .map_err(|e| Error::io(e, "cannot set the image's time").at_path(&self.path))?;
         self.file().sync_all().map_err(|e| failed(e).at_path(&self.path))?;
         if verify && self.read_back()? != own {
-            return damaged("the image reads otherwise than it was written");
+            return damaged("the image read back differs from what was written");
         }
         Ok(Whole { incoming: self, blake3: own })
     }

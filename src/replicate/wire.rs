@@ -208,8 +208,9 @@ impl<'a> Wire<'a> {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let text = format!("{}: {silent} for {} s", self.peer, self.silence.as_secs());
-                return Err(Error::new(Kind::Timeout, text)
-                    .remedy("check the connection, and run it again: it goes on where it was"));
+                return Err(Error::new(Kind::Timeout, text).remedy(
+                    "check the connection, and run it again: it continues where it stopped",
+                ));
             }
             if poll(file, what, left.min(SLICE)).map_err(|e| self.lost(e))? {
                 return Ok(());
@@ -226,7 +227,7 @@ impl<'a> Wire<'a> {
 
     fn gone(&self) -> Error {
         Error::new(Kind::Peer, format!("{} ended the connection", self.peer))
-            .remedy("what it said is above; run it again: it goes on where it was")
+            .remedy("what it said is above; run it again: it continues where it stopped")
     }
 
     fn lost(&self, e: io::Error) -> Error {

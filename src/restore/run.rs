@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of, missing_of_run};
+use crate::chain::{Catalog, Disk, manifest_of, missing_of_run, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
@@ -304,30 +304,42 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
-        return Err(Error::new(Kind::NotFound, text).remedy(
-            "'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'",
-        ));
+        let near = nearest(name, names_of(&all).into_iter());
+        return Err(Error::new(Kind::NotFound, text).remedy(format!(
+            "{near}'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'"
+        )));
     }
-    let without = disks_without(&all, &found);
-    for disk in catalog.disks.iter().filter(|d| without.contains(&d.path)) {
-        if let Some(image) = lost(disk, &meant.ids) {
-            let what = "its manifest says that it belongs to the run, but the image is missing";
-            return Err(Error::new(Kind::Incomplete, what)
-                .at_path(image)
-                .remedy("restore the other disks one by one, or this file from another copy"));
-        }
-    }
+    let mut without = disks_without(&all, &found);
     // Of several VMs there are several runs of one time.
     let mut runs: BTreeMap<String, Vec<Manifest>> = BTreeMap::new();
     for m in points.iter().filter_map(|(disk, point)| manifest_of(disk, *point)) {
         runs.entry(m.run.clone()).or_default().push(m);
     }
-    let missing = runs.values().flat_map(|run| missing_of_run(run)).collect();
+    let mut missing: Vec<RunImage> = runs.values().flat_map(|run| missing_of_run(run)).collect();
+    // Told once: a disk whose image is missing is not one that the run left out.
+    without.retain(|path| {
+        let disk = catalog.disks.iter().find(|d| d.path == *path);
+        let Some(image) = disk.and_then(|d| lost(d, &meant.ids)) else { return true };
+        if missing.iter().all(|m| m.image != image) {
+            missing.push(RunImage { disk: to_text(path.as_os_str()), image });
+        }
+        false
+    });
     Ok(Run { points, without, missing })
 }
 
-/// An image of one of these runs of which only the manifest is left.
-fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
+/// What the runs of a backup directory can be called: times and ids.
+pub(crate) fn names(catalog: &Catalog) -> Vec<String> {
+    names_of(&members(catalog))
+}
+
+fn names_of(all: &[RunPoint<'_>]) -> Vec<String> {
+    let names = all.iter().flat_map(|m| [Some(iso_time(m.time)), m.id.clone()]);
+    names.flatten().chain(["latest".to_string()]).collect()
+}
+
+/// The name of an image of one of these runs of which only the manifest is left.
+fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<String> {
     let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
     for dir in folders {
         let Ok(folder) = Folder::open(dir) else { continue };
@@ -337,10 +349,8 @@ fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<PathBuf> {
                 continue;
             };
             let known = || manifest::read_in(&folder, OsStr::new(image)).ok().flatten();
-            let is_there = folder.has(image);
-            let image = dir.join(image);
-            if !is_there && known().is_some_and(|m| runs.contains(m.run.as_str())) {
-                return Some(image);
+            if !folder.has(image) && known().is_some_and(|m| runs.contains(m.run.as_str())) {
+                return Some(image.to_string());
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{Image, MergedExtent};
+use crate::image::{Image, MergedExtent, Source};
 
 /// The smallest range that salvaging gives up as a whole.
 const SALVAGE_UNIT: usize = 4096;
@@ -54,8 +54,11 @@ impl<'a> Reader<'a> {
     /// Whether a range that the tables already show as bad is given up; it is listed then.
     pub(crate) fn gives_up(&self, e: &MergedExtent) -> bool {
         if self.salvage {
-            let finding = self.image.findings().into_iter().next();
-            let text = finding.map_or("cannot be read".to_string(), |f| f.to_string());
+            let why = match e.content {
+                Source::Bad { layer } => self.image.why_bad(layer, e.start),
+                _ => None,
+            };
+            let text = why.map_or("cannot be read".to_string(), |f| f.to_string());
             self.note(e.start, e.len, &Error::new(Kind::Corrupt, text));
         }
         self.salvage
@@ -76,7 +79,7 @@ impl<'a> Reader<'a> {
     fn note(&self, start: u64, len: u64, error: &Error) {
         let mut bad = self.bad.lock().unwrap_or_else(|e| e.into_inner());
         let reason = error.report();
-        let joins = |b: &BadRange| b.start + b.len == start && b.reason == reason;
+        let joins = |b: &BadRange| b.start + b.len == start && is_same(&b.reason, &reason);
         match bad.iter().rposition(joins) {
             Some(i) => bad[i].len += len,
             None if bad.len() < MAX_LISTED => bad.push(BadRange { start, len, reason }),
@@ -101,7 +104,7 @@ fn merged(sorted: Vec<BadRange>) -> Vec<BadRange> {
         let end = b.start.saturating_add(b.len);
         let known = out.last().map_or(0, |l| l.start.saturating_add(l.len));
         match out.last_mut() {
-            Some(last) if b.start == known && b.reason == last.reason => last.len += b.len,
+            Some(last) if b.start == known && is_same(&b.reason, &last.reason) => last.len += b.len,
             _ if end <= known => {}
             _ => {
                 let start = b.start.max(known);
@@ -110,6 +113,16 @@ fn merged(sorted: Vec<BadRange>) -> Vec<BadRange> {
         }
     }
     out
+}
+
+/// Whether two reasons differ at most in their offset: what is lost of an image that was cut has a table entry for each
+/// cluster, and is one range.
+fn is_same(a: &str, b: &str) -> bool {
+    fn parts(reason: &str) -> (&str, &str) {
+        let (file, rest) = reason.split_once(" at offset ").unwrap_or((reason, ""));
+        (file, rest.split_once(": ").map_or("", |(_, what)| what))
+    }
+    parts(a) == parts(b)
 }
 
 /// Whether only the range that was read is affected.
@@ -133,5 +146,11 @@ mod tests {
         ];
         let want = [range(0, 15, "a"), range(15, 5, "b"), range(30, 5, "b")];
         assert_eq!(merged(listed), want);
+        // Of neighbours that differ in their offset alone the first is told.
+        let at = |offset: &str, what: &str| format!("/b/x at offset {offset}: {what}");
+        let listed = [(0, "0x10", "cut"), (4, "0x18", "cut"), (8, "0x20", "odd")];
+        let listed = listed.map(|(start, o, what)| range(start, 4, &at(o, what)));
+        let want = [range(0, 8, &at("0x10", "cut")), range(8, 4, &at("0x20", "odd"))];
+        assert_eq!(merged(listed.to_vec()), want);
     }
 }

@@ -82,7 +82,8 @@ pub(crate) fn plan(catalog: &Catalog, disk: &Disk, until: &str) -> Result<Option
             return Ok(None);
         }
         let what = format!("no point '{}' of disk {}", path_text(until), path_text(&disk.path));
-        let near = nearest(until, disk.points.iter().map(|p| p.name.clone()));
+        let names = disk.points.iter().map(|p| p.name.as_str()).chain(["latest"]);
+        let near = nearest(until, names.map(str::to_string));
         return Err(Error::new(Kind::NotFound, what).remedy(format!(
             "{near}'fleecefs list DIR' shows the points; 'latest' is the newest"
         )));

@@ -30,4 +30,4 @@ pub use self::folders::{open_folder, side_folder};
 pub use self::member::Member;
 pub use self::plan::FlattenPlan;
 pub use self::replace::recover;
-pub use self::section::{ChainSection, Newest, Users, folded, select};
+pub use self::section::{ChainSection, Newest, Users, merged_into, select};

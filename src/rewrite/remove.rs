@@ -212,7 +212,7 @@ pub(crate) fn remove_all(
 }
 
 /// What an image that does not go depends on. The plan saw to it that there is none; but between a
-/// run that was broken off and the one that finishes it, a backup may have been made.
+/// run that was interrupted and the one that finishes it, a backup may have been made.
 fn still_needed(dir: &Folder, remove: &[String]) -> Result<BTreeSet<String>> {
     let mut lies_on: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let remove: BTreeSet<&String> = remove.iter().collect();
@@ -288,7 +288,7 @@ fn have_new_names(dir: &Folder, images: &[String], linking: &Linking) -> bool {
     images.iter().filter_map(|n| dir.look(n).ok()).all(|m| there.contains(&FileId::of(&m)))
 }
 
-/// Finishes or takes back what runs that were broken off left in `dir`: prune, consolidate and the
+/// Finishes or takes back what runs that were interrupted left in `dir`: prune, consolidate and the
 /// verbs that alter a chain. The caller holds the lock.
 ///
 /// # Errors

@@ -82,8 +82,7 @@ pub fn select<'a>(
     let disk = match disks.as_slice() {
         [one] => *one,
         [] => {
-            let text = format!("no image in {} matches", path_text(&catalog.root));
-            return Err(Error::new(Kind::NotFound, text));
+            return Err(no_image(catalog, filter));
         }
         many => {
             let names: Vec<String> = many.iter().map(|d| path_text(&d.path)).collect();
@@ -106,7 +105,7 @@ pub fn select<'a>(
 }
 
 /// The FULL that holds the state of `until` by a commit that has been done already.
-pub fn folded(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBuf> {
+pub fn merged_into(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBuf> {
     let wanted = Path::new(until).file_name().unwrap_or(until);
     let images = catalog.disks.iter().flat_map(|d| &d.points).map(|p| &p.source);
     let holds = |image: &&PathBuf| {
@@ -114,6 +113,21 @@ pub fn folded(catalog: &Catalog, filter: &OsStr, until: &OsStr) -> Option<PathBu
         known.and_then(|m| m.state_of).is_some_and(|s| OsStr::new(&s) == wanted)
     };
     images.filter(|p| contains(p, filter)).find(holds).cloned()
+}
+
+fn no_image(catalog: &Catalog, filter: &OsStr) -> Error {
+    let root = path_text(&catalog.root);
+    let (what, remedy) = match filter.is_empty() {
+        true => (
+            format!("no backup image in {root}"),
+            "name the folder with the images of a disk; 'fleecefs list DIR' shows where they are",
+        ),
+        false => (
+            format!("no image in {root} has '{}' in its name", path_text(&filter)),
+            "'fleecefs list DIR' shows the names",
+        ),
+    };
+    Error::new(Kind::NotFound, what).remedy(remedy)
 }
 
 fn contains(path: &Path, filter: &OsStr) -> bool {

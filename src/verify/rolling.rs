@@ -5,7 +5,7 @@
 //! last run is of the period (a thirtieth, where it is 30 days and the last run was yesterday). What was verified less
 //! than half of the period ago is passed over: a FULL is larger than many shares, and it would be its turn again after
 //! a few nights. Whatever would wait longer than the period is taken as well: the machine was off, or all was verified
-//! at one time. (What was never verified waits from the first run on, lest that reads all.)
+//! at one time. (What was never verified waits from the first run on, or that would read all.)
 //!
 //! What was found unsound is read again each night, beside the share, until its file is another: an error is told as
 //! long as it is there.

@@ -228,6 +228,7 @@ fn links_are_not_followed_and_loops_do_not_hang() {
     b.link("up", Path::new(".."));
     b.link("outside", outside.path());
     b.link("d/INC-2-d", &outside.path().join("FULL-1-x"));
+    b.link("d/FULL-3-d", &outside.path().join("FULL-1-x"));
     b.link("d/FULL-self", Path::new("FULL-self"));
     b.link("d/image", &b.path("d/FULL-1-d"));
     // An increment does not become a FULL because a link calls it so.
@@ -235,7 +236,18 @@ fn links_are_not_followed_and_loops_do_not_hang() {
     b.image("e/INC-2-e", None);
     b.link("e/FULL-f", &b.path("e/INC-2-e"));
     assert_eq!(b.shown(), ["d: FULL-1-d", "e: FULL-1-e", "e: FULL-1-e < INC-2-e"]);
-    assert!(b.findings().iter().any(|f| f.path.ends_with("INC-2-d")));
+    // Each is told once, with where it leads and what to do.
+    for (link, what, remedy) in [
+        ("d/INC-2-d", "a symbolic link, which is not followed, where a backup should be", "itself"),
+        ("d/FULL-3-d", "where a backup should be: it leads to", "put the image itself here"),
+        ("d/FULL-self", "it leads to FULL-self, which is not in this", "put the image self into"),
+        ("e/FULL-f", "which is no FULL or COPY", "remove the link"),
+    ] {
+        let told: Vec<_> = b.findings().into_iter().filter(|f| f.path == b.path(link)).collect();
+        assert_eq!(told.len(), 1, "{link}: {told:?}");
+        assert!(told[0].message.contains(what), "{link}: {}", told[0].message);
+        assert!(told[0].remedy.as_ref().unwrap().contains(remedy), "{:?}", told[0].remedy);
+    }
 }
 
 #[test]

@@ -221,7 +221,7 @@ fn a_backup_whose_line_cannot_be_written_is_made() {
         .unwrap();
     std::fs::write(caller.state.join("history"), "").unwrap();
     let said = caller.must("full");
-    assert!(said.contains("warning: this run is not in the history"), "{said}");
+    assert!(said.contains("warning: this run was not recorded in the history"), "{said}");
     assert!(!crate::support::backup::images(&caller.target.join("a.img")).is_empty());
 }
 

@@ -6,14 +6,14 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::attached::{self, Attach, succeeded};
-use crate::support::backup::{Caller, images};
+use crate::support::backup::{Caller, PausedBackup, images};
 use crate::support::guard::Guard;
 use crate::support::lost_vm;
 use crate::support::mount::Mount;
 use crate::support::qemu::storage_daemon::Daemon;
 use crate::support::qemu::two_disks;
 use crate::support::tools::{have, is_root, run};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const TOOLS: &[&str] = &["qemu-storage-daemon", "qemu-img", "qemu-io", "/dev/fuse"];
 
@@ -190,9 +190,8 @@ fn tables_have_what_is_printed() {
     let status =
         check("info status", &["info", "status", "--json", "--qmp", &qmp, "--state-dir", state]);
     assert!(status.contains("state"), "{status:?}");
-    for what in ["blockdev", "bitmaps"] {
-        let heading = format!("info {what}");
-        let seen = check(&heading, &["info", what, "--json", "--qmp", &qmp, "--state-dir", state]);
+    for (what, heading) in [("blockdev", "info blockdev"), ("bitmaps", "info bitmaps")] {
+        let seen = check(heading, &["info", what, "--json", "--qmp", &qmp, "--state-dir", state]);
         assert!(seen.iter().any(|k| k.ends_with(".owner")), "{seen:?}");
     }
     let nbd = d.path("nbd.sock");
@@ -228,6 +227,41 @@ fn tables_have_what_is_printed() {
     let status = std::fs::read(mount.path().join(".fleecefs/status.json")).unwrap();
     let seen = paper.check("status.json", &serde_json::from_slice(&status).unwrap());
     assert!(seen.contains("disks[].chains[].points[].unavailable"), "{seen:?}");
+}
+
+/// A table that no test compares with output says what somebody remembers.
+#[test]
+fn every_table_is_compared_with_output() {
+    let (source, paper) = (include_str!("json.rs"), Paper::read());
+    for heading in paper.0.keys() {
+        assert!(source.contains(&format!("\"{heading}\"")), "{heading}");
+    }
+    assert!(paper.0.len() > 35, "{}", paper.0.len());
+}
+
+#[test]
+fn a_running_backup_and_a_job_print_what_their_tables_have() {
+    if !have("a_running_backup_and_a_job_print_what_their_tables_have", TOOLS) {
+        return;
+    }
+    let (d, caller) = daemon();
+    let (paper, qmp) = (Paper::read(), caller.qmp.to_str().unwrap());
+    let created = d.path("created.img");
+    let options = json!({"driver": "file", "filename": created, "size": 1 << 20});
+    // It stays until somebody dismisses it.
+    d.qmp().execute("blockdev-create", json!({"job-id": "made", "options": options}));
+    let seen = paper.check("info jobs", &printed(&["info", "jobs", "--json", "--qmp", qmp])[0]);
+    assert!(seen.contains("jobs[].id"), "{seen:?}");
+    let held = PausedBackup::start(&caller, "auto");
+    let state = caller.state.to_str().unwrap();
+    let status = ["info", "status", "--json", "--qmp", qmp, "--state-dir", state];
+    let told = printed(&status);
+    let (code, said) = held.end();
+    assert_eq!(code, Some(0), "{said}");
+    let seen = paper.check("info status", &told[0]);
+    let wanted = ["run", "pid", "started", "target", "phase", "disks[].total"];
+    assert!(told[0]["state"] == "running", "{told:?}");
+    assert!(wanted.iter().all(|k| seen.contains(*k)), "{seen:?}");
 }
 
 #[test]
@@ -343,6 +377,21 @@ fn files_print_what_their_tables_have() {
         printed(&all).iter().for_each(|v| seen.extend(paper.check(heading, v)));
         seen
     };
+    // A disk with two partitions, by a table of its own.
+    let mut disk = vec![0; 1 << 20];
+    for (i, (start, sectors)) in [(2048u32, 16384u32), (18432, 2048)].into_iter().enumerate() {
+        let entry = 446 + 16 * i;
+        disk[entry + 4] = 0x83;
+        disk[entry + 8..entry + 12].copy_from_slice(&start.to_le_bytes());
+        disk[entry + 12..entry + 16].copy_from_slice(&sectors.to_le_bytes());
+    }
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk.extend(std::fs::read(&image).unwrap());
+    disk.resize(10 << 20, 0);
+    std::fs::write(at("backups/vdc.img"), disk).unwrap();
+    let seen = check("files ls of a disk", &["ls", "vdc.img/latest"]);
+    assert!(seen.contains("file_system.uuid"), "{seen:?}");
+    std::fs::remove_file(at("backups/vdc.img")).unwrap();
     let seen = check("files ls", &["ls", "vda.img/latest/etc"]);
     assert!(seen.contains("target"), "{seen:?}");
     check("files ls", &["find", "vda.img/latest"]);

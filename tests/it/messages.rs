@@ -4,9 +4,62 @@ use std::process::Command;
 
 use crate::support::backup::{Caller, level};
 use crate::support::qemu::one_disk::{Vm, image};
-use crate::support::tools::have;
+use crate::support::tools::{have, run};
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
+
+/// Whoever mistypes a name is told which he may have meant, whatever the command.
+#[test]
+fn a_mistyped_name_is_answered_with_those_that_are_alike() {
+    if !have("a_mistyped_name_is_answered_with_those_that_are_alike", &["mke2fs"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (root, state) = (dir.path().to_str().unwrap(), tempfile::tempdir().unwrap());
+    std::fs::create_dir(dir.path().join("vda.img")).unwrap();
+    let image = dir.path().join("vda.img/FULL-1700000000-vda.img");
+    run("mke2fs", &["-q", "-F", "-t", "ext4", image.to_str().unwrap(), "8M"]);
+    let said = |args: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let out = c.args(args).env("FLEECEFS_STATE_DIR", state.path()).output().unwrap();
+        assert_eq!(out.status.code(), Some(3), "{args:?}: {out:?}");
+        String::from_utf8(out.stderr).unwrap()
+    };
+    let home = state.path().join("home").display().to_string();
+    let (latest, full) = ("vda.img/latest", "FULL-1700000000-vda.img");
+    let points =
+        [("vda/lates", "vda/latest"), ("FULL-170000000-vda.img", full), ("latst", "latest")];
+    for (wrong, meant) in points {
+        let meant = format!("did you mean {meant}? ");
+        for args in [
+            &["show", root, wrong][..],
+            &["map", root, wrong],
+            &["verify", root, "--point", wrong],
+            &["restore", root, wrong, "/nowhere"],
+            &["diff", root, wrong, latest],
+            &["config", root, wrong],
+            &["boot", root, wrong],
+            &["live-restore", root, wrong, "--to", &home],
+        ] {
+            assert!(said(args).contains(&meant), "{args:?}: {}", said(args));
+        }
+    }
+    for args in [&["ls", root, "vda.img/lates"][..], &["stat", root, "vda.img/lates/etc"]] {
+        let args = [&["files"], args].concat();
+        assert!(said(&args).contains("(did you mean vda.img/latest?)"), "{}", said(&args));
+    }
+    // A path that is like no point is a path.
+    assert!(!said(&["files", "ls", root, "vda.img/etc"]).contains("did you mean"));
+    for (args, meant) in [
+        (&["restore", root, "--run", "lates", "--to", "/nowhere/x"][..], "latest"),
+        (&["restore", root, "--run", "2023-11-14T22:13:21Z", "--to", "/x"], "2023-11-14T22:13:20Z"),
+        (&["list", root, "--disk", "vdb.img"], "vda.img"),
+        (&["stats", root, "--disk", "vda.im"], "vda.img"),
+        (&["consolidate", root, "vda.img", "--until", "lates"], "latest"),
+    ] {
+        assert!(said(args).contains(&format!("did you mean {meant}? ")), "{}", said(args));
+    }
+}
 
 /// A command about the caller's VM; it has to succeed.
 fn asked(caller: &Caller, args: &[&str]) -> String {

@@ -259,7 +259,7 @@ fn two_do_not_run_at_once_and_sigterm_undoes() {
     let out = setup.command(&["--all"]).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(6), "{said}");
-    assert!(said.contains("another 'backup --all' is at work"), "{said}");
+    assert!(said.contains("another 'backup --all' is running"), "{said}");
     // The same VM by name.
     let (code, printed, _) = setup.run(&["--vm", "good"]);
     assert_eq!((code, &printed["vms"][0]["exit_code"]), (Some(6), &6.into()), "{printed}");

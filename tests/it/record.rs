@@ -339,8 +339,12 @@ fn a_newest_point_that_is_gone_is_told_wherever_the_newest_is_asked_for() {
     assert!(code == 12 && said.contains(newest), "{code}: {said}");
     let (code, said) = run(&["restore", root, "vm/sdb/latest", &out]);
     assert!(code == 0 && said.contains(newest), "{code}: {said}");
+    // The other disk is restored.
     let (code, said) = run(&["restore", root, "--run", time, "--to", to]);
-    assert!(code == 12 && said.contains(newest), "{code}: {said}");
+    let told = format!("not restored: image {newest} of this run is missing");
+    assert!(code == 16 && said.matches(&told).count() == 1, "{code}: {said}");
+    assert!(!said.contains("has no point of this run"), "{said}");
+    assert_eq!(std::fs::read_dir(format!("{to}/vm")).unwrap().count(), 1);
     for (disk, wanted) in [("vm/sdb", 12), ("vm/sda", 0)] {
         let (code, said) = run(&["consolidate", root, disk, "--until", "latest", "-n"]);
         assert_eq!(code, wanted, "{disk}: {said}");

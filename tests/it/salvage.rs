@@ -291,6 +291,32 @@ fn of_a_marked_image_all_that_claims_clusters_is_looked_into() {
     refused(&wide, "too far apart");
 }
 
+/// Each range that is lost is told once, with its own reason.
+#[test]
+fn what_is_lost_is_told_once() {
+    if !have("what_is_lost_is_told_once", &["qemu-img", "qemu-io"]) {
+        return;
+    }
+    let marked = Marked::new();
+    // Not marked as corrupt: two clusters that point nowhere, for different reasons.
+    marked.file.write_all_at(&[0], 79).unwrap();
+    marked.set(marked.l2() + 8 * 3, 1 << 63 | 0x7fff_0000);
+    marked.set(marked.l2() + 8 * 9, 1 << 63 | 0x1_0200);
+    let (code, said, _) = salvage(&marked.b, "sda.qcow2/sda.qcow2");
+    assert_eq!(code, 16, "{said}");
+    let lines: Vec<&str> = said.lines().filter(|l| l.starts_with("error: ")).collect();
+    let [first, second] = lines.as_slice() else { panic!("{said}") };
+    assert!(first.contains("65536 bytes at 0x30000 are zeros") && first.contains("past the end"));
+    assert!(
+        second.contains("65536 bytes at 0x90000 are zeros") && !second.contains("past the end")
+    );
+    // A plan says it once as well.
+    let root = marked.b.root().to_str().unwrap();
+    let out = fleecefs(&["restore", "-n", root, "sda.qcow2/sda.qcow2", "/nowhere.raw"]);
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    assert_eq!(said.matches("past the end").count(), 1, "{said}");
+}
+
 /// What a manifest says of the length is no reason against what is left.
 #[test]
 fn a_cut_image_with_a_manifest_is_salvaged_up_to_the_cut() {
@@ -314,6 +340,7 @@ fn a_cut_image_with_a_manifest_is_salvaged_up_to_the_cut() {
     let (code, said, out) = salvage(&b, "FULL-1-sda.qcow2");
     assert_eq!(code, 16, "{said}");
     let out = out.unwrap();
+    assert_eq!(said.matches("past the end of the file").count(), 1, "told twice: {said}");
     let lost = out.chunks(CLUSTER).filter(|c| c.iter().all(|b| *b == 0)).count();
     assert!((1..=16).contains(&lost), "{lost} clusters of zeros: {said}");
     let whole = out.chunks(CLUSTER).filter(|c| c.iter().all(|b| *b == 0x41)).count();

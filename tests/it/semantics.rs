@@ -53,6 +53,26 @@ fn every_promise_names_a_test_that_exists() {
 }
 
 #[test]
+fn every_promise_has_a_test() {
+    let text = std::fs::read_to_string(root("contrib/SEMANTICS.md")).unwrap();
+    let (mut items, mut open) = (Vec::new(), false);
+    for line in text.lines() {
+        match (line.strip_prefix("- "), items.last_mut()) {
+            (Some(begin), _) => {
+                items.push(begin.to_string());
+                open = true;
+            }
+            (None, Some(item)) if open && line.starts_with("  ") => item.push_str(line),
+            _ => open = false,
+        }
+    }
+    assert!(items.len() > 200, "{}", items.len());
+    for item in items.iter().filter(|i| !i.starts_with("Not promised")) {
+        assert!(item.contains("::"), "no test for: {item}");
+    }
+}
+
+#[test]
 fn every_mount_test_is_promised() {
     let promised = promised();
     // How it runs, not what it promises to whoever reads a point.

@@ -211,18 +211,18 @@ fn insert_all(
         Insertion::Device(q) => Some((i, q)),
         Insertion::Reopen { .. } => None,
     });
-    let mut plugged = 0;
+    let mut inserted = 0;
     for (i, qdev) in devices {
         let top = i.path.nodes.first().map_or("", String::as_str);
         match set_device_node(client, qdev, top, &i.filter) {
-            Ok(()) => plugged += 1,
+            Ok(()) => inserted += 1,
             Err(e) => refused(client, &mut failed, i, e)?,
         }
     }
-    if plugged > 1 && !stopped {
+    if inserted > 1 && !stopped {
         consistency.one_moment = false;
     }
-    if plugged > 0 {
+    if inserted > 0 {
         note_bypassed(client, inserts, &mut failed)?;
     }
     reopen_all(client, inserts, consistency, &mut failed)?;

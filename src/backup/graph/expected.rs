@@ -10,7 +10,7 @@ pub(crate) enum Stage {
     /// Its filter is not in place.
     Before,
     /// Its filter is in place.
-    Plugged,
+    Inserted,
     /// Its frozen view is being copied.
     Copying,
 }
@@ -185,14 +185,14 @@ mod tests {
     fn before_and_after_the_filter_the_path_is_what_it_was() {
         let before = [("b:v0", "root", "t"), ("t", "file", "a")];
         assert_eq!(differs(&before, &[], Stage::Before), None);
-        assert!(differs(&before, &[], Stage::Plugged).unwrap().contains("node t is between"));
+        assert!(differs(&before, &[], Stage::Inserted).unwrap().contains("node t is between"));
         let c = own(Role::Filter);
-        let plugged = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
-        assert_eq!(differs(&plugged, &[], Stage::Plugged), None);
+        let inserted = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
+        assert_eq!(differs(&inserted, &[], Stage::Inserted), None);
         // Unplugged from the guest, it stays as it is.
-        assert_eq!(differs(&plugged[1..], &[], Stage::Plugged), None);
-        let elsewhere = [plugged[1], plugged[2], ("b:v0", "root", "x")];
-        let said = differs(&elsewhere, &[], Stage::Plugged).unwrap();
+        assert_eq!(differs(&inserted[1..], &[], Stage::Inserted), None);
+        let elsewhere = [inserted[1], inserted[2], ("b:v0", "root", "x")];
+        let said = differs(&elsewhere, &[], Stage::Inserted).unwrap();
         assert_eq!(said, "v0 is attached to node x now");
     }
 
@@ -207,9 +207,9 @@ mod tests {
         let c = own(Role::Filter);
         assert_eq!(differs(&with(&c), &[], Stage::Before), None);
         // While we copy anybody may.
-        let plugged = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
-        let late = [plugged.as_slice(), &[("n", "file", "t")]].concat();
-        assert_eq!(differs(&late, &[], Stage::Plugged), None);
+        let inserted = [("b:v0", "root", c.as_str()), (&c, "file", "t"), ("t", "file", "a")];
+        let late = [inserted.as_slice(), &[("n", "file", "t")]].concat();
+        assert_eq!(differs(&late, &[], Stage::Inserted), None);
         let used = [disk.as_slice(), &[("n", "file", "t"), ("b:x", "root", "n")]].concat();
         assert_eq!(differs(&used, &[], Stage::Before), None);
     }

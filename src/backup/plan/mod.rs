@@ -15,6 +15,7 @@ use self::planned::{EXCLUDED, NOT_INCLUDED};
 use super::disks::{GuestDisk, Survey};
 use super::target::history::History;
 use super::{Options, graph, names};
+use crate::chain::nearest;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::layout::Level;
@@ -87,8 +88,11 @@ fn is_known(seen: &Survey, name: &str) -> bool {
 fn check_names(options: &Options, seen: &Survey) -> Result<()> {
     for name in &options.include {
         if !is_known(seen, name) {
+            let others = seen.skipped.iter().chain(&seen.blocked).map(|s| s.disk.as_str());
+            let known = seen.disks.iter().map(GuestDisk::label).chain(others);
+            let near = nearest(name, known.map(str::to_string));
             return Err(Error::new(Kind::NotFound, format!("there is no disk {name:?}"))
-                .remedy("fleecefs info blockdev lists them"));
+                .remedy(format!("{near}'fleecefs info blockdev' lists them")));
         }
     }
     Ok(())
@@ -99,7 +103,7 @@ fn give_names(options: &Options, disks: &mut [GuestDisk]) -> Result<()> {
     for (disk, name) in &options.names {
         let missing = || {
             let what = format!("--name: there is no disk {disk:?} to back up");
-            Error::new(Kind::NotFound, what).remedy("fleecefs info blockdev lists them")
+            Error::new(Kind::NotFound, what).remedy("'fleecefs info blockdev' lists them")
         };
         let named = disks.iter_mut().find(|d| d.is_called(disk)).ok_or_else(missing)?;
         named.named = Some(name.clone());

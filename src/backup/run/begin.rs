@@ -35,7 +35,7 @@ pub(in crate::backup) fn look(
     answers.ask_serials(client)?;
     answers.ours = options.offline.is_some();
     if options.offline.is_some() && options.dry_run {
-        // We opened them so, lest anything is changed.
+        // We opened them so that nothing is changed.
         answers.nodes.iter_mut().for_each(|n| n.ro = false);
     }
     let (mut seen, mut vm) = (survey(&answers), VmConfig::from(vm::describe(client)?));

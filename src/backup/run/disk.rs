@@ -29,7 +29,7 @@ use crate::{failpoint, folder};
 impl Run<'_> {
     /// The node that the job reads, and that carries the bitmap it copies by.
     pub(in crate::backup) fn source(&self) -> Role {
-        if self.blind { Role::HiddenStatus } else { Role::Snapshot }
+        if self.hides_status { Role::HiddenStatus } else { Role::Snapshot }
     }
 
     /// Files, nodes and the new bitmap: all before the freeze point.
@@ -121,7 +121,7 @@ impl Run<'_> {
         let target = object(&self.run, Role::Target, d.index);
         let more = fleece::target_options(&self.options.copy);
         // (For the second see `GuestDisk::has_backing`.)
-        let find_zeros = self.blind || d.plan.disk.has_backing;
+        let find_zeros = self.hides_status || d.plan.disk.has_backing;
         fleece::add_image(&mut self.client, &target, "qcow2", image, more, find_zeros)?;
         let handed = place.handed(&self.client)?;
         let name = object(&self.run, Role::Fleece, d.index);
@@ -183,7 +183,7 @@ impl Run<'_> {
 
     /// The bitmap of what to copy out of the frozen view.
     pub(in crate::backup) fn view(&mut self, d: &mut Active) -> Result<()> {
-        if self.blind {
+        if self.hides_status {
             fleece::add_hidden_status(&mut self.client, &self.run, d.index)?;
         }
         let Some(since) = &d.plan.since else { return Ok(()) };
@@ -308,7 +308,7 @@ impl Run<'_> {
         if let Some(n) = copy.workers {
             a["x-perf"]["max-workers"] = json!(n);
         }
-        if d.plan.disk.has_backing && !self.blind {
+        if d.plan.disk.has_backing && !self.hides_status {
             // The target looks at whole requests for zeros.
             a["x-perf"]["max-chunk"] = json!(fleece::least_chunk(&d.plan));
         }

@@ -107,7 +107,7 @@ pub(crate) fn backup(
         qemu: client.process(),
     };
     let journal = Journal::begin(&options.state_dir, &options.qmp, &first)?;
-    let blind = hides_status(&client);
+    let hides_status = hides_status(&client);
     let mut r = Run {
         options,
         watch,
@@ -121,7 +121,7 @@ pub(crate) fn backup(
         migration: None,
         watchdog: None,
         consistency: Consistency::default(),
-        blind,
+        hides_status,
         vm: VmConfig::default(),
         chains: HashMap::new(),
         config,

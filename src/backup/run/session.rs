@@ -44,7 +44,7 @@ pub(crate) struct Run<'a> {
     pub(in crate::backup) watchdog: Option<freeze_point::HeldGuest>,
     pub(in crate::backup) consistency: Consistency,
     /// The frozen view needs care, see `run::hides_status`.
-    pub(in crate::backup) blind: bool,
+    pub(in crate::backup) hides_status: bool,
     /// What QEMU says about the VM.
     pub(in crate::backup) vm: VmConfig,
     /// Chains that INCs build on, by the new image's path.

@@ -169,7 +169,7 @@ impl Run<'_> {
         self.phase("freezing");
         self.freeze(disks)?;
         self.check_migration()?;
-        self.check_graph(disks, Stage::Plugged)?;
+        self.check_graph(disks, Stage::Inserted)?;
         self.keep_sizes(disks)?;
         self.phase("copying");
         self.each(disks, Self::view)?;

@@ -433,7 +433,7 @@ pub(in crate::chain) fn manifest_oddity(entry: &FileEntry) -> Option<Finding> {
 }
 
 /// A note that a file is of a later state than its name says.
-pub(in crate::chain) fn folded_state(entry: &FileEntry) -> Option<Finding> {
+pub(in crate::chain) fn merged_state(entry: &FileEntry) -> Option<Finding> {
     let state_of = entry.manifest.as_ref()?.state_of.as_ref()?;
     let what = format!("has the state of {state_of}, which a commit merged into it");
     let finding = Finding::warning(Kind::Changed, &entry.path, what);

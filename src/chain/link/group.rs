@@ -5,10 +5,12 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::chain::walk::tree::{FileEntry, FileId, Folder, LostImage, Tree};
+use crate::chain::walk::tree::{
+    FileEntry, FileId, Folder, LINK, LINK_REMEDY, Link, LostImage, Tree,
+};
 use crate::error::{Error, Finding, Kind, Severity};
 use crate::layout::Level;
-use crate::layout::name::{Name, Promise, is_unread_image, parse_partial, promise};
+use crate::layout::name::{Name, Promise, is_unread_image, parse, parse_partial, promise};
 use crate::text::path_text;
 
 /// Endings of files that people and programs keep beside an image.
@@ -228,13 +230,7 @@ impl Grouper<'_> {
                     members.list.push(DiskMember { file, level: link.level, stamp: None, aliases });
                 }
                 (None, Some(_)) => {}
-                (None, None) => {
-                    let what = "a link that does not lead to a file inside the backup directory";
-                    let error = Error::new(Kind::Incomplete, what)
-                        .at_path(self.folder.path.join(&link.name))
-                        .remedy(format!("put the file {} into this folder", path_text(&link.disk)));
-                    members.findings.push(Finding::from_error(&error, &self.folder.path));
-                }
+                (None, None) => members.findings.push(leads_nowhere(self.folder, link)),
             }
         }
     }
@@ -299,6 +295,32 @@ impl Grouper<'_> {
 fn skipped(problem: Finding) -> Finding {
     let message = format!("{}: skipped", problem.message);
     Finding { severity: Severity::Warning, message, ..problem }
+}
+
+/// That a `FULL-<disk>` or `COPY-<disk>` link stands for no image.
+fn leads_nowhere(folder: &Folder, link: &Link) -> Finding {
+    let (text, disk) = (path_text(&link.text), path_text(&link.disk));
+    let (what, remedy) = match (parse(&link.name), link.target) {
+        // No link of `--no-timestamp`.
+        (Name::Backup { stamp: Some(_), .. }, _) => {
+            (format!("{LINK} where a backup should be: it leads to {text}"), LINK_REMEDY.into())
+        }
+        (_, Some(_)) => (
+            format!("this link leads to {text}, which is no FULL or COPY"),
+            "remove the link".into(),
+        ),
+        (_, None) => (
+            format!(
+                "the image of this link is missing: it leads to {text}, which is not in this \
+                 backup directory, and {disk} is not beside it"
+            ),
+            format!(
+                "put the image {disk} into this folder; if it is gone for good, remove the link"
+            ),
+        ),
+    };
+    let error = Error::new(Kind::Incomplete, what).at_path(folder.path.join(&link.name));
+    Finding::from_error(&error.remedy(remedy), &folder.path)
 }
 
 /// File name of an entry.

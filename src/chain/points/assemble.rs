@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::{foreign, points};
-use crate::chain::link::dependencies::{BackingPaths, Dependencies, folded_state, manifest_oddity};
+use crate::chain::link::dependencies::{BackingPaths, Dependencies, manifest_oddity, merged_state};
 use crate::chain::link::follow::DataFiles;
 use crate::chain::link::group::{Group, group};
 use crate::chain::link::open_formats::note;
@@ -62,7 +62,7 @@ fn disk(deps: &Dependencies, mut group: Group, taken: &mut HashSet<PathBuf>) -> 
         let warning = |f| Finding { severity: Severity::Warning, ..f };
         findings.extend(entry.manifest_problem.clone().map(warning));
         findings.extend(manifest_oddity(entry));
-        findings.extend(folded_state(entry));
+        findings.extend(merged_state(entry));
         findings.extend(entry.info().into_iter().flat_map(|i| i.findings.clone()));
     }
     findings.extend(note(deps.tree, &group));

@@ -5,22 +5,30 @@ use crate::text::path_text;
 /// So many are told.
 const FEW: usize = 3;
 
-/// A sentence that names those of `names` that are the most like `wanted`, to be followed by another one;
-/// empty where none is alike.
+/// A question that names those of `names` that are the most like `wanted` ("did you mean sda/latest? "), to be
+/// followed by what the user can do besides; empty where none is alike.
 pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
     let mut best: Vec<(usize, String)> = Vec::new();
     for name in names {
-        let score = alike(wanted, &name);
-        // More than half of either is the same.
-        if score * 2 <= wanted.len().max(name.len()) || best.iter().any(|b| b.1 == name) {
+        if !is_alike(wanted, &name) || best.iter().any(|b| b.1 == name) {
             continue;
         }
+        let score = alike(wanted, &name);
         let at = best.partition_point(|b| b.0 >= score);
         best.insert(at, (score, name));
         best.truncate(FEW);
     }
-    let best: Vec<String> = best.iter().map(|b| path_text(&b.1)).collect();
-    if best.is_empty() { String::new() } else { format!("the nearest are {}; ", best.join(", ")) }
+    let mut best: Vec<String> = best.iter().map(|b| path_text(&b.1)).collect();
+    match best.pop() {
+        None => String::new(),
+        Some(only) if best.is_empty() => format!("did you mean {only}? "),
+        Some(last) => format!("did you mean {} or {last}? ", best.join(", ")),
+    }
+}
+
+/// Whether more than half of either is the same.
+pub(super) fn is_alike(a: &str, b: &str) -> bool {
+    alike(a, b) * 2 > a.len().max(b.len())
 }
 
 /// Bytes that both have in common at their begin and at their end: names of points differ in level and time.
@@ -39,8 +47,11 @@ mod tests {
     fn the_most_alike_are_told_and_others_not() {
         let names = ["FULL-1700000000-sda", "INC-1700000100-sda", "INC-1700000200-sda", "x"];
         let told = |wanted: &str| nearest(wanted, names.iter().map(|n| n.to_string()));
-        assert!(told("INC-1700000101-sda").starts_with("the nearest are INC-1700000100-sda, "));
-        assert!(told("FULL-1700000000-sdb").starts_with("the nearest are FULL-1700000000-sda"));
+        let three = "did you mean INC-1700000100-sda, INC-1700000200-sda or FULL-1700000000-sda? ";
+        assert_eq!(told("INC-1700000101-sda"), three);
+        assert!(told("FULL-1700000000-sdb").starts_with("did you mean FULL-1700000000-sda"));
+        assert_eq!(told("y"), "");
+        assert_eq!(nearest("lates", ["latest".to_string()].into_iter()), "did you mean latest? ");
         assert_eq!(told("nothing"), "");
         assert_eq!(told(""), "");
         assert_eq!(nearest("a", std::iter::empty()), "");

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use super::nearest::nearest;
+use super::nearest::{is_alike, nearest};
 use crate::chain::{Catalog, Disk, NEWEST_LOST, Point};
 use crate::error::{Error, Kind, Result};
 use crate::text::{path_text, shown_as, to_text};
@@ -92,12 +92,7 @@ impl Catalog {
         let (Some(parent), Some(point)) = (selector.parent(), selector.file_name()) else {
             return Vec::new();
         };
-        let is_image = |d: &&Disk| {
-            let extension = d.path.extension().and_then(|e| e.to_str());
-            extension.is_some_and(|e| ["qcow2", "raw", "img"].contains(&e))
-        };
-        let disks = self.disks.iter().filter(is_image);
-        let disks = disks.filter(|d| d.path.with_extension("") == parent);
+        let disks = self.disks.iter().filter(|d| d.stem().is_some_and(|stem| stem == parent));
         let points = |d: &Disk| -> Vec<usize> { d.matching(&d.path.join(point)).collect() };
         disks.flat_map(|d| points(d).into_iter().map(move |i| (d, i))).collect()
     }
@@ -118,19 +113,32 @@ impl Catalog {
     fn not_found(&self, selector: &Path) -> Error {
         let text = format!("no point '{}' in {}", path_text(&selector), path_text(&self.root));
         let wanted = path_text(selector);
-        // With the disk, if that was given; points of several disks have the same names.
-        let near = |with: bool| {
-            let points = self.disks.iter().flat_map(|d| (0..d.points.len()).map(move |i| (d, i)));
-            let name = |(d, i): (&Disk, usize)| match with {
-                true => to_text(d.point_path(i).as_os_str()),
-                false => d.points[i].name.clone(),
-            };
-            nearest(wanted.strip_suffix(".raw").unwrap_or(&wanted), points.map(name))
-        };
+        let wanted = wanted.strip_suffix(".raw").unwrap_or(&wanted);
+        let near = nearest(wanted, self.names_of_points(selector).into_iter());
         Error::new(Kind::NotFound, text).remedy(format!(
-            "{}'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk",
-            near(selector.components().count() > 1)
+            "{near}'fleecefs list DIR' shows what there is; DISK/latest is the newest point of a disk"
         ))
+    }
+
+    /// What points can be called by somebody who called one `selector`: with the disk, if that was given;
+    /// points of several disks have the same names.
+    pub(crate) fn names_of_points(&self, selector: &Path) -> Vec<String> {
+        let with_disk = selector.components().count() > 1;
+        let of_disk = |d: &Disk| -> Vec<String> {
+            match with_disk {
+                true => d.called().iter().flat_map(|at| d.names_below(at)).collect(),
+                false => d.names_below(Path::new("")).collect(),
+            }
+        };
+        self.disks.iter().flat_map(of_disk).collect()
+    }
+
+    /// A question that names the points of the disk that are most like `name`, which somebody wrote behind it.
+    pub(crate) fn did_you_mean(&self, disk: &Disk, name: &str) -> String {
+        let below = |name: &str| to_text(disk.path.join(name).as_os_str());
+        // What is the same of all of them does not count.
+        let names = disk.names_below(Path::new("")).filter(|n| is_alike(name, n));
+        nearest(&below(name), names.map(|n| below(&n)))
     }
 }
 
@@ -141,6 +149,23 @@ fn several(selector: &Path, paths: impl Iterator<Item = PathBuf>) -> Error {
 }
 
 impl Disk {
+    /// `sda` of a disk that is called `sda.qcow2` or the like.
+    fn stem(&self) -> Option<PathBuf> {
+        let extension = self.path.extension().and_then(|e| e.to_str())?;
+        ["qcow2", "raw", "img"].contains(&extension).then(|| self.path.with_extension(""))
+    }
+
+    /// What users may call it.
+    fn called(&self) -> Vec<PathBuf> {
+        [Some(self.path.clone()), self.stem()].into_iter().flatten().collect()
+    }
+
+    /// The names of its points, and `latest`, below `at`.
+    fn names_below(&self, at: &Path) -> impl Iterator<Item = String> {
+        let names = self.points.iter().map(|p| p.name.as_str()).chain(["latest"]);
+        names.map(|n| to_text(at.join(n).as_os_str()))
+    }
+
     /// Where a point stands below the backup directory: disk, then point.
     pub fn point_path(&self, point: usize) -> PathBuf {
         self.path.join(&self.points[point].name)
@@ -270,10 +295,27 @@ mod tests {
         assert_eq!(find("nope").unwrap_err().kind(), Kind::NotFound);
         for (wrong, near) in [("INC-3-x", "INC-2-x"), ("vm/sda/INC-3-x.raw", "vm/sda/INC-2-x")] {
             let said = find(wrong).unwrap_err().report();
-            assert!(said.contains(&format!("the nearest are {near}")), "{said}");
+            assert!(said.contains(&format!("did you mean {near}")), "{said}");
         }
         let e = find("latest").unwrap_err();
         assert!(e.report().contains("vm/sda/latest, vm/sdb/latest"), "{}", e.report());
+    }
+
+    #[test]
+    fn a_mistyped_latest_is_understood_as_one() {
+        let c = Catalog { disks: vec![disk("vm/sda.qcow2", &["FULL-1-x"])], ..Default::default() };
+        let said = |s: &str| c.find(Path::new(s)).unwrap_err().report();
+        for (wrong, meant) in [
+            ("vm/sda.qcow2/lates", "vm/sda.qcow2/latest"),
+            ("vm/sda/ltaest", "vm/sda/latest"),
+            ("vm/sda/FUL-1-x", "vm/sda/FULL-1-x"),
+            ("lastest", "latest"),
+        ] {
+            assert!(said(wrong).contains(&format!("(did you mean {meant}? ")), "{}", said(wrong));
+        }
+        assert!(!said("vm/xyz/a").contains("did you mean"), "{}", said("vm/xyz/a"));
+        assert_eq!(c.did_you_mean(&c.disks[0], "lates"), "did you mean vm/sda.qcow2/latest? ");
+        assert_eq!(c.did_you_mean(&c.disks[0], "etc"), "");
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Contents<'_> {
         lost
     }
 
-    /// What runs that were broken off left.
+    /// What runs that were interrupted left.
     pub(crate) fn unfinished(&self) -> Vec<Finding> {
         unfinished::findings(self.side, &self.entries)
     }

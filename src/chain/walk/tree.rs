@@ -31,6 +31,12 @@ pub(in crate::chain) struct FileEntry {
     pub decision: Decision,
 }
 
+/// What a link in the place of a backup is.
+pub(in crate::chain) const LINK: &str = "a symbolic link, which is not followed,";
+/// What to do about that.
+pub(in crate::chain) const LINK_REMEDY: &str =
+    "put the image itself here, or name the directory that it is in";
+
 /// A `FULL-<disk>` or `COPY-<disk>` link.
 pub(in crate::chain) struct Link {
     /// Its name.
@@ -117,8 +123,8 @@ impl Tree {
         }
         let what = "a symbolic link that leads out of the backup directory: skipped";
         let finding = Finding::warning(Kind::Unsupported, folder.join(name), what);
-        let remedy = "mount the folder there ('mount --bind'), move it here, or name it instead of \
-                      this directory";
+        let remedy =
+            "bind-mount the folder there, move it here, or name it instead of this directory";
         Some(Finding { remedy: Some(remedy.into()), ..finding })
     }
 

@@ -55,16 +55,16 @@ pub(in crate::cli) struct BootArgs {
 /// What the machine is.
 #[derive(Debug, Args)]
 pub(in crate::cli) struct MachineArgs {
-    /// At most so much memory (M, G) [default: as the VM had, at most half of this machine's]
+    /// At most this much memory (M, G) [default: as the VM had, at most half of this machine's]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     memory: Option<u64>,
-    /// At most so many processors [default: as the VM had, at most as this machine has]
+    /// At most this many processors [default: as the VM had, at most those of this machine]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     cpus: Option<u32>,
     /// The network of the guest [default: none; isolated with --tcp]
     #[arg(long, value_enum)]
     net: Option<Net>,
-    /// Show the console: VNC viewers connect to this socket, which is made (vncviewer SOCKET)
+    /// Show the console: VNC viewers connect to this socket, which is created (vncviewer SOCKET)
     #[arg(long, value_name = "SOCKET")]
     pub display: Option<PathBuf>,
     /// Give the guest the UUID and the MACs of the original, which must not run in the same network
@@ -75,7 +75,7 @@ pub(in crate::cli) struct MachineArgs {
     /// The folder for what the guest writes [default: unnamed files in TMPDIR or /var/tmp]
     #[arg(long, value_name = "FOLDER")]
     pub scratch: Option<PathBuf>,
-    /// At most so much of it (M, G) [default: what is free there, less a twentieth]
+    /// How much the guest may write (M, G) [default: 95 % of the free space there]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub scratch_size: Option<u64>,
     /// Print the commands that start the VM over the files of the backup, and do not start it
@@ -95,7 +95,7 @@ pub(in crate::cli) struct HardwareArgs {
     /// Attach all disks to this bus [default: as the VM had them, else virtio]
     #[arg(long, value_enum)]
     bus: Option<WantedBus>,
-    /// How processors are made [default: kvm where /dev/kvm can be used]
+    /// How QEMU runs the guest's processors [default: kvm where /dev/kvm can be used]
     #[arg(long, value_enum)]
     accel: Option<Accel>,
     /// Boot by BIOS, whatever the VM had
@@ -104,16 +104,16 @@ pub(in crate::cli) struct HardwareArgs {
     /// Boot by UEFI, whatever the VM had
     #[arg(long)]
     uefi: bool,
-    /// The UEFI to boot by, such as OVMF_CODE_4M.fd [default: what is installed]
+    /// The UEFI firmware, such as OVMF_CODE_4M.fd [default: what is installed]
     #[arg(long, value_name = "FILE", requires = "firmware_vars")]
     firmware: Option<PathBuf>,
-    /// An empty store of its variables, such as OVMF_VARS_4M.fd, which is not written to
+    /// The template of its variables, such as OVMF_VARS_4M.fd, which is copied
     #[arg(long, value_name = "FILE", requires = "firmware")]
     firmware_vars: Option<PathBuf>,
     /// Start this kernel instead of what the disks have: for VMs that QEMU gives a kernel
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// The initial file system of that kernel
+    /// The initrd of that kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
     /// The command line of that kernel
@@ -192,7 +192,7 @@ pub(in crate::cli) struct CheckArgs {
     /// How long it may take until it is up (s, m, h)
     #[arg(long, value_name = "DURATION", requires = "check", default_value = "5m", value_parser = seconds)]
     pub timeout: Duration,
-    /// Write a picture of the console (PNG) and the serial log into FOLDER, which is made
+    /// Write a screenshot of the console (PNG) and the serial log into FOLDER, which is created
     #[arg(long, value_name = "FOLDER", requires = "check")]
     pub out: Option<PathBuf>,
     /// Check the newest run of each VM, one after the other

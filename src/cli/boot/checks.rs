@@ -154,26 +154,30 @@ fn verdict(reports: Vec<Report>) -> Result<()> {
 /// The points of the newest run of each VM.
 ///
 /// # Errors
-/// `NotFound` if there is none.
+/// `NotFound` if there is none; `Incomplete` if an image is missing of which nobody tells whose it is.
 fn newest_of_each(catalog: &Catalog) -> Result<Vec<Newest<'_>>> {
     let mut guests: BTreeMap<Guest, Newest<'_>> = BTreeMap::new();
-    let latest = run::find(catalog, "latest")?;
-    for (disk, point) in latest.points {
+    let mut latest = run::find(catalog, "latest")?;
+    let mut unclaimed = latest.missing.clone();
+    for (disk, point) in std::mem::take(&mut latest.points) {
         let manifest = manifest_of(disk, point);
         let newest = guests.entry(Guest::of(disk, manifest.as_ref())).or_default();
         newest.points.push((disk, point));
-        let images = manifest.into_iter().flat_map(|m| m.run_images);
-        let missing = images.filter(|i| latest.missing.contains(i)).map(|i| i.image).next();
+        let images = manifest.map(|m| m.run_images).unwrap_or_default();
+        unclaimed.retain(|i| !images.contains(i));
+        let missing = images.into_iter().find(|i| latest.missing.contains(i)).map(|i| i.image);
         newest.missing = newest.missing.take().or(missing);
     }
-    Ok(guests.into_values().collect())
+    // Nothing tells which of the VMs lacks it.
+    match unclaimed.first() {
+        Some(i) => Err(one_run::is_missing(&i.image)),
+        None => Ok(guests.into_values().collect()),
+    }
 }
 
 /// What is said of a VM that cannot be started as it was.
 fn incomplete(run: &OneRun<'_>, image: &str) -> Report {
-    let what = format!("image {} of this run is missing", path_text(image));
-    let e = Error::new(Kind::Incomplete, what).remedy("name the points of the other disks");
-    Report { result: Err(e), ..Report::of(run) }
+    Report { result: Err(one_run::is_missing(image)), ..Report::of(run) }
 }
 
 fn out_folder(path: &Path, catalog: &Catalog) -> Result<Folder> {

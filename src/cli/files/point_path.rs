@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::files::{self, Blocks, Source, Tree, Volume, open_tree, volumes_of};
 use crate::image::{Cache, open_point};
 use crate::storage::ReadAt;
-use crate::text::path_text;
+use crate::text::{path_text, to_text};
 use crate::units::parse_bytes;
 
 /// Where to read.
@@ -36,6 +36,8 @@ pub(in crate::cli) struct Named<'a> {
     pub point: usize,
     pub part: Option<&'a [u8]>,
     pub path: &'a [u8],
+    /// Whether the point was named by its disk alone: then it is the newest.
+    pub by_disk: bool,
 }
 
 /// The point of a name, opened.
@@ -52,6 +54,8 @@ pub(in crate::cli) struct Opened {
     pub blocks: Arc<Blocks>,
     /// Whether no other disk was asked for a part of it.
     pub alone: bool,
+    /// Where the path may be a mistyped point: a question that names those that are alike.
+    near: String,
 }
 
 impl From {
@@ -93,8 +97,9 @@ pub(in crate::cli) fn opened(
     let (volumes, findings) = volumes_of(&own, others)?;
     findings.iter().for_each(|f| log::warn!("{f}"));
     let chosen = choose(&volumes, named.part)?;
-    let (path, has_part) = (named.path.to_vec(), named.part.is_some());
-    Ok(Opened { volumes, chosen, path, has_part, blocks: blocks.clone(), alone })
+    let (path, has_part, blocks) = (named.path.to_vec(), named.part.is_some(), blocks.clone());
+    let near = near(catalog, named);
+    Ok(Opened { volumes, chosen, path, has_part, blocks, alone, near })
 }
 
 impl Opened {
@@ -105,7 +110,7 @@ impl Opened {
     pub(in crate::cli) fn tree(&self) -> Result<Arc<dyn Tree>> {
         match self.chosen.and_then(|i| self.volumes.get(i)) {
             Some(volume) => open_tree(volume),
-            None => Err(several(&self.volumes)),
+            None => Err(several(&self.volumes, &self.near)),
         }
     }
 
@@ -135,7 +140,7 @@ pub(in crate::cli) fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<
             let rest = bytes.get(colon + 1..).unwrap_or_default();
             let end = rest.iter().position(|b| *b == b'/').unwrap_or(rest.len());
             let (part, path) = rest.split_at(end);
-            return Ok(Named { disk, point, part: Some(part), path });
+            return Ok(Named { disk, point, part: Some(part), path, by_disk: false });
         }
     }
     let mut ends: Vec<usize> = at(b'/').collect();
@@ -143,13 +148,14 @@ pub(in crate::cli) fn named<'a>(catalog: &'a Catalog, what: &'a Path) -> Result<
     for end in ends.iter().rev() {
         if let Some((disk, point)) = point(*end) {
             let path = bytes.get(*end..).unwrap_or_default();
-            return Ok(Named { disk, point, part: None, path });
+            let by_disk = bytes.get(..*end) == Some(disk.path.as_os_str().as_bytes());
+            return Ok(Named { disk, point, part: None, path, by_disk });
         }
     }
     // Says what is there.
     let name = bytes.split(|b| *b == b':').next().unwrap_or_default();
     match catalog.find(Path::new(OsStr::from_bytes(name))) {
-        Ok((disk, point)) => Ok(Named { disk, point, part: None, path: &[] }),
+        Ok((disk, point)) => Ok(Named { disk, point, part: None, path: &[], by_disk: false }),
         Err(e) => Err(e),
     }
 }
@@ -178,10 +184,20 @@ fn choose(volumes: &[Volume], part: Option<&[u8]>) -> Result<Option<usize>> {
     }
 }
 
-fn several(volumes: &[Volume]) -> Error {
+/// `sda/lates` is the path `lates` in the newest point of sda, but hardly meant so.
+fn near(catalog: &Catalog, named: &Named<'_>) -> String {
+    let mut parts = named.path.split(|b| *b == b'/').filter(|p| !p.is_empty());
+    match parts.next().filter(|_| named.by_disk) {
+        Some(name) => catalog.did_you_mean(named.disk, &to_text(OsStr::from_bytes(name))),
+        None => String::new(),
+    }
+}
+
+fn several(volumes: &[Volume], near: &str) -> Error {
     let what = "the point has several partitions";
+    let there = list(volumes);
     Error::new(Kind::Usage, what)
-        .remedy(format!("say which, as in sda/latest:p1/etc: there are {}", list(volumes)))
+        .remedy(format!("{near}say which, as in sda/latest:p1/etc: there are {there}"))
 }
 
 fn list(volumes: &[Volume]) -> String {
@@ -198,5 +214,8 @@ pub(in crate::cli) fn node(
     tree: &dyn Tree,
     follow: bool,
 ) -> Result<files::NodeId> {
-    files::resolve(tree, &opened.path, follow)
+    files::resolve(tree, &opened.path, follow).map_err(|e| match e.kind() {
+        Kind::NotFound if !opened.near.is_empty() => e.remedy(opened.near.trim_end()),
+        _ => e,
+    })
 }

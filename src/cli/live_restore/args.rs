@@ -11,7 +11,7 @@ use crate::cli::state::StateArgs;
 use crate::error::Result;
 use crate::units::parse_bytes;
 
-/// Run a VM again at once from its backup, and bring its disks home while it runs
+/// Run a VM again at once from its backup, and copy its disks to new storage while it runs
 ///
 /// The VM starts within seconds: each disk is a new qcow2 image in the folder --to over the backup, into which QEMU copies
 /// the rest while the guest runs. At the end nothing refers to the backup. It is the same VM: its UUID, its name, the MACs
@@ -21,7 +21,7 @@ use crate::units::parse_bytes;
 /// the VM again over the same images, with all that its guest had flushed. Until the end the VM needs the backup, which is
 /// locked against 'backup', 'prune' and the like while this command runs.
 ///
-/// If the backup cannot be read, or the storage is full, the guest stops, and goes on when that is over.
+/// If the backup cannot be read, or the storage is full, the guest stops, and continues when that is over.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -36,10 +36,10 @@ pub(in crate::cli) struct LiveRestoreArgs {
     /// The run: latest, a date or time, its id; or points, one of each disk [default: latest]
     #[arg(value_name = "RUN|POINT")]
     pub points: Vec<PathBuf>,
-    /// The new home of the disks: a folder of yours, which is made
+    /// The folder for the new disks, which is created
     #[arg(long, value_name = "FOLDER")]
     pub to: PathBuf,
-    /// Copy at most so many bytes per second, of each disk (K, M, G); 0: no limit
+    /// At most this many bytes per second for each disk (K, M, G); 0: no limit
     #[arg(long, alias = "speed-limit", value_name = "BYTES", default_value = "0", value_parser = parse_bytes)]
     pub rate_limit: u64,
     /// The network of the guest
@@ -110,7 +110,7 @@ impl LiveRestoreArgs {
         })
     }
 
-    /// What only the start of the VM heeds, an option each, as it is repeated to the user.
+    /// What counts only when the VM is started, an option each, as it is repeated to the user.
     pub(super) fn asked(&self) -> Vec<String> {
         let number = |name: &str, value: Option<String>| value.map(|v| format!("{name} {v}"));
         let net = self.net.to_possible_value();

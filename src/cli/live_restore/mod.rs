@@ -1,4 +1,4 @@
-//! `fleecefs live-restore`: a VM runs again from its backup, and its disks are brought home.
+//! `fleecefs live-restore`: a VM runs again from its backup, and its disks are copied to new storage.
 //!
 //! - `args`: the options; `plan`: from a run to what is begun
 
@@ -19,7 +19,7 @@ use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::live::mark;
-use crate::live::{self, Bases, Begun, HomeDisk, Live, Stage, Storage, Surroundings};
+use crate::live::{self, Bases, Begun, Live, NewDisk, Stage, Storage, Surroundings};
 use crate::lock::Locks;
 use crate::mount::check_outside;
 use crate::output;
@@ -57,7 +57,7 @@ fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
     let (live, _locks) = match storage.begun()? {
         Some((begun, Stage::Done)) if live::is_running(&storage)? => {
             live::unprotect(&s, &begun);
-            console.say("the disks are at home in this folder already, and the VM runs: nothing is to be done");
+            console.say("all disks are copied already, and the VM is running: nothing to do");
             return tell_result(console, &storage, &begun);
         }
         Some((begun, Stage::Started | Stage::Done)) => go_on(args, &s, begun)?,
@@ -66,7 +66,7 @@ fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
     tell_start(console, &live);
     let begun = live.begun().clone();
     live::finish(&s, live)?;
-    console.say("all disks are at home: nothing refers to the backup any more");
+    console.say("all disks are copied: nothing refers to the backup any more");
     tell_result(console, &storage, &begun)
 }
 
@@ -100,7 +100,7 @@ fn go_on(
     for option in args.asked().iter().filter(|o| !begun.asked.contains(o)) {
         s.watch.warn(&format!("{option}: ignored: the VM goes on as it was started"));
     }
-    let mut needing: Vec<&HomeDisk> = Vec::new();
+    let mut needing: Vec<&NewDisk> = Vec::new();
     for disk in &begun.disks {
         if s.storage.needs_backup(&begun, disk)? {
             needing.push(disk);
@@ -192,8 +192,8 @@ fn tell_start(console: &Console, live: &Live) {
     let (backup, agent) = (live.backup_socket(), live.agent_socket());
     let seconds = live.started.map(|took| took.as_secs_f64());
     let text = match seconds {
-        Some(seconds) => format!("the VM runs, after {seconds:.1} s"),
-        None => "the VM was running".into(),
+        Some(seconds) => format!("the VM is running, after {seconds:.1} s"),
+        None => "the VM is already running".into(),
     };
     console.say(&format!(
         "{text}; its sockets: --qmp {} --agent {}",

@@ -23,7 +23,7 @@ use crate::folder::{self, Access, PlainName};
 use crate::image::{Cache, open_point};
 use crate::layer::LayerSpec;
 use crate::live::{
-    BackupDirectory, Base, Bases, Begun, CopiedVars, HomeDisk, LiveFile, LivePoint, Recording,
+    BackupDirectory, Base, Bases, Begun, CopiedVars, LiveFile, LivePoint, NewDisk, Recording,
     base_name,
 };
 use crate::manifest::fingerprint_of;
@@ -60,7 +60,7 @@ impl Planned {
     /// A file cannot be opened, or is another by now.
     pub(super) fn bases(&self) -> Result<Bases> {
         let points = self.begun.disks.iter().zip(&self.graphs).zip(&self.stacks);
-        let base = |((disk, graph), stack): ((&HomeDisk, &Value), &Vec<LayerSpec>)| {
+        let base = |((disk, graph), stack): ((&NewDisk, &Value), &Vec<LayerSpec>)| {
             Ok((disk.node.clone(), Base { graph: graph.clone(), files: files(stack)? }))
         };
         points.map(base).collect()
@@ -111,7 +111,7 @@ pub(super) fn plan(
                 None
             }
         };
-        disks.push(HomeDisk { node, file, point, bitmap });
+        disks.push(NewDisk { node, file, point, bitmap });
     }
     let begun = Begun {
         format_version: 0,
@@ -132,26 +132,29 @@ pub(super) fn plan(
 ///
 /// # Errors
 /// `NotFound` or `Incomplete` if a point is not there any more; `Changed` if it is another.
-pub(super) fn bases_of(catalog: &Catalog, begun: &Begun, disks: &[&HomeDisk]) -> Result<Bases> {
+pub(super) fn bases_of(catalog: &Catalog, begun: &Begun, disks: &[&NewDisk]) -> Result<Bases> {
     if directory(&catalog.root)? != begun.backup {
         let e = Error::new(Kind::Changed, "the VM of this folder was started from another backup");
         let own = path_text(&begun.backup.root);
         return Err(e.at_path(&catalog.root).remedy(format!("name {own}, as it was then")));
     }
     let mut bases = Bases::new();
-    for home in disks {
-        let (disk, point) = catalog.find(&Path::new(&home.point.disk).join(&home.point.name))?;
-        let run = one_run::of_points(vec![(disk, point)])?;
+    for disk in disks {
+        let (of, point) = catalog.find(&Path::new(&disk.point.disk).join(&disk.point.name))?;
+        let run = one_run::of_points(vec![(of, point)])?;
         let Some(chosen) = run.points.first() else { continue };
-        open_point(disk, point, &Cache::new(CACHE_SIZE))?;
-        let stack = disk.stack(point);
-        if point_of(chosen, &stack)? != home.point {
-            let e = Error::new(Kind::Changed, "this is not the point that the VM began as");
+        open_point(of, point, &Cache::new(CACHE_SIZE))?;
+        let stack = of.stack(point);
+        if point_of(chosen, &stack)? != disk.point {
+            let e = Error::new(
+                Kind::Changed,
+                "the files of this point are not those that the VM was started from",
+            );
             let e = e.at_path(&chosen.disk.points[point].source);
             return Err(e.remedy("put its files back as they were, with their times"));
         }
-        let graph = boot::graph(&stack, &base_name(&home.node)).map_err(by_restore)?;
-        bases.insert(home.node.clone(), Base { graph, files: files(&stack)? });
+        let graph = boot::graph(&stack, &base_name(&disk.node)).map_err(by_restore)?;
+        bases.insert(disk.node.clone(), Base { graph, files: files(&stack)? });
     }
     Ok(bases)
 }

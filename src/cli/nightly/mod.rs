@@ -100,6 +100,6 @@ fn lock(state: &Path) -> Result<Lock> {
     let folder = state_folder(state)?;
     let failed = |e| Error::io(e, "cannot take the lock").at_path(folder.join(LOCK));
     folder.lock(LOCK).map_err(failed)?.ok_or_else(|| {
-        Error::new(Kind::Busy, "another 'backup --all' is at work").at_path(folder.join(LOCK))
+        Error::new(Kind::Busy, "another 'backup --all' is running").at_path(folder.join(LOCK))
     })
 }

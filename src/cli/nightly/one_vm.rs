@@ -75,7 +75,7 @@ impl Night<'_> {
             return Err(StepError::from(&Error::new(Kind::Usage, all.join("; "))));
         }
         if self.stop.load(Ordering::Relaxed) {
-            return Err(StepError::from(&Error::new(Kind::Interrupted, "it was not begun")));
+            return Err(StepError::from(&Error::new(Kind::Interrupted, "not started")));
         }
         if let Some(why) = outside_hours(vm) {
             return Ok(Begun::Skipped(why));
@@ -97,7 +97,7 @@ impl Night<'_> {
         let failed = |e| Error::io(e, "cannot take the lock").at_path(folder.join(&name));
         match folder.lock(&name).map_err(failed)? {
             Some(lock) => Ok(Some(lock)),
-            None => Err(Error::new(Kind::Busy, "another run is at work on this VM")),
+            None => Err(Error::new(Kind::Busy, "another run is working on this VM")),
         }
     }
 

@@ -56,7 +56,7 @@ impl Now {
         }
         if !self.at_work.is_empty() {
             let names: Vec<&str> = self.at_work.iter().map(String::as_str).collect();
-            line += &format!(", at work: {}", names.join(" "));
+            line += &format!(", running: {}", names.join(" "));
         }
         line
     }
@@ -72,9 +72,9 @@ mod tests {
         let line = || standing.now.lock().unwrap().line(3);
         standing.begins("b");
         standing.begins("a");
-        assert_eq!(line(), "0 of 3 VMs done, at work: a b");
+        assert_eq!(line(), "0 of 3 VMs done, running: a b");
         standing.ends("b", true);
-        assert_eq!(line(), "1 of 3 VMs done, failed: b, at work: a");
+        assert_eq!(line(), "1 of 3 VMs done, failed: b, running: a");
         standing.ends("a", false);
         assert_eq!(line(), "2 of 3 VMs done, failed: b");
     }

@@ -47,7 +47,8 @@ fn lines(rows: &[&VmRow], dry_run: bool) -> Vec<Line> {
     let titles = &["VM", "RESULT", "LEVEL", "POINTS", "COPIED", "PRUNED", "SECONDS"];
     let right = &["POINTS", "COPIED", "PRUNED", "SECONDS"];
     let table = Table { titles, right, less: &["PRUNED"], indent: 0, rows: shown };
-    let mut lines = table.lines(verbosity::is_verbose());
+    let wide = verbosity::is_verbose();
+    let mut lines = table.cut("VM", wide).lines(wide);
     if dry_run {
         lines.push(Line::sentence(Look::Plain, verbosity::UNCHANGED.trim_end()));
     }

@@ -22,7 +22,7 @@ pub(super) fn keep(night: &Night<'_>, vm: &Vm, row: &VmRow) {
         return;
     }
     if let Err(e) = history::append(night.state, &entry(vm, row)) {
-        log::warn!("what came of {} is not in the history: {}", vm.name, e.report());
+        log::warn!("the result of VM {} is not in the history: {}", vm.name, e.report());
     }
 }
 

@@ -43,6 +43,8 @@ const MAX_WINDOWS: u64 = 1 << 20;
 const MERGE_LOCKS: usize = 16;
 /// Findings kept per image.
 const MAX_FINDINGS: usize = 256;
+/// No image format that is read maps less than a sector in one piece.
+const SMALLEST_UNIT: u64 = 512;
 
 /// One point of one disk as a readable image.
 pub struct Image {
@@ -72,6 +74,8 @@ pub struct Image {
     pub(super) cache: Arc<Cache>,
     changed: AtomicBool,
     findings: Mutex<Vec<Finding>>,
+    /// Whether whoever reads it tells of each range that is bad.
+    is_told_elsewhere: AtomicBool,
 }
 
 impl Image {
@@ -115,6 +119,7 @@ impl Image {
             cache: cache.clone(),
             changed: AtomicBool::new(false),
             findings: Mutex::new(Vec::new()),
+            is_told_elsewhere: AtomicBool::new(false),
         }))
     }
 
@@ -189,6 +194,21 @@ impl Image {
     /// What was found bad so far, each once.
     pub fn findings(&self) -> Vec<Finding> {
         self.findings.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Logs no findings from now on: whoever reads tells of each range that is bad, and nobody wants to read it twice.
+    pub fn log_no_findings(&self) {
+        self.is_told_elsewhere.store(true, Ordering::Relaxed);
+    }
+
+    /// Why the range that begins at `start`, which is [`super::Source::Bad`] by layer `index`, cannot be read.
+    pub fn why_bad(&self, index: u16, start: u64) -> Option<Finding> {
+        let layer = self.stack().get(usize::from(index))?.get().ok()?;
+        let end = layer.size().min(start.saturating_add(SMALLEST_UNIT));
+        if start >= end {
+            return None;
+        }
+        layer.map(start..end).findings.into_iter().next()
     }
 
     /// Bytes that are not holes, or `None` as long as not every window has been merged once.
@@ -271,7 +291,9 @@ impl Image {
     fn note(&self, finding: Finding) {
         let mut findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
         if findings.len() < MAX_FINDINGS && !findings.contains(&finding) {
-            log::error!("{finding}");
+            if !self.is_told_elsewhere.load(Ordering::Relaxed) {
+                log::error!("{finding}");
+            }
             findings.push(finding);
         }
     }
@@ -309,19 +331,19 @@ impl Image {
         }
         let start = index * self.window_size;
         let range = start..self.size.min(start.saturating_add(self.window_size));
-        let extents = self.fold(range, index)?;
+        let extents = self.merge_layers(range, index)?;
         let window = Arc::new(Window::new(extents));
         self.cache.insert_window(self.id, index, &window, group);
         Ok(window)
     }
 
-    fn fold(&self, range: Range<u64>, index: u64) -> Result<Box<[MergedExtent]>> {
+    fn merge_layers(&self, range: Range<u64>, index: u64) -> Result<Box<[MergedExtent]>> {
         let stack = self.stack();
-        let mut fold = LayerMerge::new(range);
+        let mut merge = LayerMerge::new(range);
         let mut asked = stack.len();
         let mut below = self.below.as_deref();
         let mut bottom = stack.len() - self.own.len();
-        while asked > 0 && !fold.is_covered() {
+        while asked > 0 && !merge.is_covered() {
             if asked == bottom
                 && let Some(image) = below
             {
@@ -329,20 +351,20 @@ impl Image {
                     && let Some(window) = image.cached_window(index)
                 {
                     let known = KnownParent { size: image.size, extents: window.extents() };
-                    fold.add_known(&known);
+                    merge.add_known(&known);
                     break;
                 }
                 bottom -= image.own.len();
                 below = image.below.as_deref();
             }
             asked -= 1;
-            fold.add_layer(asked as u16, stack[asked].get()?);
+            merge.add_layer(asked as u16, stack[asked].get()?);
             // Tables read while a file was being changed must not be used, now or through a parent.
             self.check_layer(&stack[asked])?;
         }
-        let folded = fold.finish().map_err(|e| e.at_path(self.name()))?;
-        folded.findings.into_iter().for_each(|f| self.note(f));
-        Ok(folded.extents.into_boxed())
+        let merged = merge.finish().map_err(|e| e.at_path(self.name()))?;
+        merged.findings.into_iter().for_each(|f| self.note(f));
+        Ok(merged.extents.into_boxed())
     }
 
     fn stack(&self) -> &Stack {

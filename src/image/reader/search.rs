@@ -109,7 +109,7 @@ impl Image {
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
-        let limits = Limits { near: NEAR, folds: MAX_SEARCH };
+        let limits = Limits { near: NEAR, merges: MAX_SEARCH };
         match self.search(offset, RangeKind::Data, limits)? {
             SearchResult::At(at) | SearchResult::GaveUp(at) => Ok(Some(at)),
             SearchResult::Nothing => Ok(None),
@@ -122,7 +122,7 @@ impl Image {
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_hole(&self, offset: u64) -> Result<u64> {
-        let limits = Limits { near: NEAR, folds: MAX_HOLE_SEARCH };
+        let limits = Limits { near: NEAR, merges: MAX_HOLE_SEARCH };
         match self.search(offset, RangeKind::Hole, limits)? {
             SearchResult::At(at) => Ok(at),
             SearchResult::GaveUp(_) | SearchResult::Nothing => Ok(self.size),
@@ -135,7 +135,7 @@ impl Image {
     /// # Errors
     /// See [`Image::for_each_extent`].
     pub fn seek_near(&self, offset: u64, wanted: RangeKind) -> Result<Option<u64>> {
-        let limits = Limits { near: BRIEF, folds: BRIEF };
+        let limits = Limits { near: BRIEF, merges: BRIEF };
         match self.search(offset, wanted, limits)? {
             SearchResult::At(at) => Ok(Some(at)),
             SearchResult::Nothing => Ok(Some(self.size)),
@@ -159,14 +159,14 @@ impl Image {
         wanted: RangeKind,
         limits: Limits,
     ) -> Result<SearchResult> {
-        let mut folds = 0;
+        let mut merges = 0;
         let mut at = from;
         while at < self.size {
             let index = at / self.window_size;
             if self.cached_window(index).is_none() {
                 // L1 tables of many layers take their time, too.
-                if limits.folds > limits.near {
-                    let far = (folds >= limits.near).then_some(&mut *ahead);
+                if limits.merges > limits.near {
+                    let far = (merges >= limits.near).then_some(&mut *ahead);
                     let stretch = self.stretch(far, at).inspect_err(|e| self.note_error(e));
                     match stretch? {
                         (Some(found), _) if found == wanted => return Ok(SearchResult::At(at)),
@@ -177,10 +177,10 @@ impl Image {
                         (None, _) => {}
                     }
                 }
-                if folds >= limits.folds {
+                if merges >= limits.merges {
                     return Ok(SearchResult::GaveUp(at));
                 }
-                folds += 1;
+                merges += 1;
             }
             let stop = self.size.min((index + 1).saturating_mul(self.window_size));
             let is_wanted = |e: &MergedExtent| e.content.is_hole() == (wanted == RangeKind::Hole);
@@ -220,7 +220,7 @@ struct Limits {
     /// So many are merged before whole tables are looked at.
     near: u32,
     /// So many in all.
-    folds: u32,
+    merges: u32,
 }
 
 #[cfg(test)]

@@ -286,7 +286,7 @@ fn a_map_that_was_cut_or_is_of_another_disk_is_refused() {
         assert_eq!(resumed(SIZE, &harm), Err((Kind::Truncated, true)), "{cut}");
     }
     assert_eq!(resumed(SIZE, &|f| f.set_len(0).unwrap()), Err((Kind::Truncated, true)));
-    // Cut, and made as long as it was: by a copy that was broken off, say.
+    // Cut, and made as long as it was: by a copy that was interrupted, say.
     let regrown = |file: &std::fs::File| {
         let len = whole(file);
         file.set_len(0).unwrap();

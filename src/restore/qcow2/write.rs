@@ -48,8 +48,8 @@ pub(super) fn write(
         copied: AtomicU64::new(0),
         cloned: AtomicU64::new(0),
     };
-    let lane = || WorkerState::new(qcow2);
-    pool::run(chunks.len(), work, lane, |lane, i| writer.chunk(&chunks[i], lane))?;
+    let state = || WorkerState::new(qcow2);
+    pool::run(chunks.len(), work, state, |state, i| writer.chunk(&chunks[i], state))?;
     writer.tables.finish()?;
     if qcow2.preallocation == Preallocation::Falloc {
         reserve(out, path)?;
@@ -115,8 +115,8 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn chunk(&self, chunk: &Chunk, lane: &mut WorkerState) -> Result<()> {
-        lane.entries.clear();
+    fn chunk(&self, chunk: &Chunk, state: &mut WorkerState) -> Result<()> {
+        state.entries.clear();
         // Guest clusters from `run.start` to `run.end` hold something and are not placed yet.
         let mut run = chunk.start / self.cluster..chunk.start / self.cluster;
         for e in extents(self.reader.image, chunk.range())?.as_slice() {
@@ -127,25 +127,25 @@ impl Writer<'_> {
                 Source::Data { layer, file, host } => {
                     let whole = e.start.div_ceil(self.cluster)..e.end() / self.cluster;
                     let from = host + (whole.start * self.cluster).saturating_sub(e.start);
-                    if self.clone_clusters(layer, file, from, &whole, lane)? {
-                        run = self.extend(run, first..whole.start, lane)?;
-                        self.copy(run, lane)?;
+                    if self.clone_clusters(layer, file, from, &whole, state)? {
+                        run = self.extend(run, first..whole.start, state)?;
+                        self.copy(run, state)?;
                         run = whole.end..whole.end.max(end);
                     } else {
-                        run = self.extend(run, first..end, lane)?;
+                        run = self.extend(run, first..end, state)?;
                     }
                 }
                 Source::Compressed { .. } | Source::Bad { .. } => {
-                    run = self.extend(run, first..end, lane)?;
+                    run = self.extend(run, first..end, state)?;
                 }
             }
         }
-        self.copy(run, lane)?;
-        self.flush(lane)?;
+        self.copy(run, state)?;
+        self.flush(state)?;
         if self.preallocation != Preallocation::Off {
-            self.fill_up(chunk, lane)?;
+            self.fill_up(chunk, state)?;
         }
-        self.tables.place(chunk, &lane.entries)
+        self.tables.place(chunk, &state.entries)
     }
 
     /// Adds clusters to the run, or begins a new one if there is a gap.
@@ -153,12 +153,12 @@ impl Writer<'_> {
         &self,
         run: std::ops::Range<u64>,
         more: std::ops::Range<u64>,
-        lane: &mut WorkerState,
+        state: &mut WorkerState,
     ) -> Result<std::ops::Range<u64>> {
         if more.start <= run.end {
             return Ok(run.start..run.end.max(more.end));
         }
-        self.copy(run, lane)?;
+        self.copy(run, state)?;
         Ok(more)
     }
 
@@ -170,7 +170,7 @@ impl Writer<'_> {
         file: u8,
         from: u64,
         clusters: &std::ops::Range<u64>,
-        lane: &mut WorkerState,
+        state: &mut WorkerState,
     ) -> Result<bool> {
         if clusters.is_empty() || !self.cloner.is_on() {
             return Ok(false);
@@ -194,24 +194,24 @@ impl Writer<'_> {
         }
         source.check_unchanged()?;
         let entry = |i| (clusters.start + i, Tables::plain(host + i * self.cluster));
-        lane.entries.extend((0..count).map(entry));
+        state.entries.extend((0..count).map(entry));
         self.cloned.fetch_add(len, Ordering::Relaxed);
         self.work.did(len)?;
         Ok(true)
     }
 
     /// Reads and places guest clusters.
-    fn copy(&self, clusters: std::ops::Range<u64>, lane: &mut WorkerState) -> Result<()> {
-        let at_once = (lane.buf.len() as u64 / self.cluster).max(1);
-        let mut buf = std::mem::take(&mut lane.buf);
+    fn copy(&self, clusters: std::ops::Range<u64>, state: &mut WorkerState) -> Result<()> {
+        let at_once = (state.buf.len() as u64 / self.cluster).max(1);
+        let mut buf = std::mem::take(&mut state.buf);
         let mut at = clusters.start;
         let mut result = Ok(());
         while at < clusters.end && result.is_ok() {
             let count = at_once.min(clusters.end - at);
-            result = self.copy_part(at, count, &mut buf, lane);
+            result = self.copy_part(at, count, &mut buf, state);
             at += count;
         }
-        lane.buf = buf;
+        state.buf = buf;
         result
     }
 
@@ -220,7 +220,7 @@ impl Writer<'_> {
         first: u64,
         count: u64,
         buf: &mut [u8],
-        lane: &mut WorkerState,
+        state: &mut WorkerState,
     ) -> Result<()> {
         let start = first * self.cluster;
         let len = (count * self.cluster).min(self.reader.image.size() - start) as usize;
@@ -235,38 +235,38 @@ impl Writer<'_> {
             if is_zero(bytes) {
                 continue;
             }
-            if !self.pack(index, bytes, lane)? {
+            if !self.pack(index, bytes, state)? {
                 plain.push((index, bytes));
             }
         }
-        self.write_plain(&plain, lane)
+        self.write_plain(&plain, state)
     }
 
     /// Compresses a cluster and puts it into the slab; `false` if it is not to be compressed.
-    fn pack(&self, index: u64, bytes: &[u8], lane: &mut WorkerState) -> Result<bool> {
-        let compressor = lane.compressor.as_mut().map_err(|e| {
+    fn pack(&self, index: u64, bytes: &[u8], state: &mut WorkerState) -> Result<bool> {
+        let compressor = state.compressor.as_mut().map_err(|e| {
             Error::new(Kind::Io, format!("cannot set up compression: {e}")).at_path(self.path)
         })?;
-        let Some(len) = compressor.compress(bytes, &mut lane.packed) else { return Ok(false) };
-        lane.waiting.push((index, lane.slab.len() as u64, len as u64));
-        lane.slab.extend_from_slice(&lane.packed[..len]);
-        if lane.slab.len() as u64 >= BUFFER {
-            self.flush(lane)?;
+        let Some(len) = compressor.compress(bytes, &mut state.packed) else { return Ok(false) };
+        state.waiting.push((index, state.slab.len() as u64, len as u64));
+        state.slab.extend_from_slice(&state.packed[..len]);
+        if state.slab.len() as u64 >= BUFFER {
+            self.flush(state)?;
         }
         Ok(true)
     }
 
     /// Writes the compressed clusters that wait, tightly packed.
-    fn flush(&self, lane: &mut WorkerState) -> Result<()> {
-        if lane.slab.is_empty() {
+    fn flush(&self, state: &mut WorkerState) -> Result<()> {
+        if state.slab.is_empty() {
             return Ok(());
         }
-        let count = (lane.slab.len() as u64).div_ceil(self.cluster);
+        let count = (state.slab.len() as u64).div_ceil(self.cluster);
         let at = self.tables.allocate(count)?;
-        self.put(&lane.slab, at)?;
+        self.put(&state.slab, at)?;
         let mut refcounts = vec![0_u16; count as usize];
-        for &(index, start, len) in &lane.waiting {
-            lane.entries.push((index, self.tables.compressed(at + start, len)));
+        for &(index, start, len) in &state.waiting {
+            state.entries.push((index, self.tables.compressed(at + start, len)));
             self.copied.fetch_add(self.cluster, Ordering::Relaxed);
             for c in start / self.cluster..=(start + len - 1) / self.cluster {
                 // At most one cluster's worth of clusters of at least a few bytes: fits.
@@ -277,20 +277,20 @@ impl Writer<'_> {
         for (i, n) in (0..).zip(refcounts) {
             self.tables.share(at + i * self.cluster, n);
         }
-        lane.waiting.clear();
-        lane.slab.clear();
+        state.waiting.clear();
+        state.slab.clear();
         Ok(())
     }
 
     /// Writes plain clusters to host clusters in a row, neighbours in one call.
-    fn write_plain(&self, plain: &[(u64, &[u8])], lane: &mut WorkerState) -> Result<()> {
+    fn write_plain(&self, plain: &[(u64, &[u8])], state: &mut WorkerState) -> Result<()> {
         if plain.is_empty() {
             return Ok(());
         }
         let mut at = self.tables.allocate(plain.len() as u64)?;
         for run in plain.chunk_by(|a, b| a.0 + 1 == b.0) {
             for (i, &(index, bytes)) in (0..).zip(run) {
-                lane.entries.push((index, Tables::plain(at + i * self.cluster)));
+                state.entries.push((index, Tables::plain(at + i * self.cluster)));
                 self.put(bytes, at + i * self.cluster)?;
             }
             at += run.len() as u64 * self.cluster;
@@ -300,9 +300,9 @@ impl Writer<'_> {
     }
 
     /// Gives every cluster of the chunk that has no place yet one that reads as zeros.
-    fn fill_up(&self, chunk: &Chunk, lane: &mut WorkerState) -> Result<()> {
+    fn fill_up(&self, chunk: &Chunk, state: &mut WorkerState) -> Result<()> {
         let all = chunk.start / self.cluster..(chunk.start + chunk.len).div_ceil(self.cluster);
-        let placed: std::collections::HashSet<u64> = lane.entries.iter().map(|e| e.0).collect();
+        let placed: std::collections::HashSet<u64> = state.entries.iter().map(|e| e.0).collect();
         let missing: Vec<u64> = all.filter(|i| !placed.contains(i)).collect();
         if missing.is_empty() {
             return Ok(());
@@ -312,7 +312,7 @@ impl Writer<'_> {
             self.write_zeros(at, missing.len() as u64 * self.cluster)?;
         }
         let entry = |(i, index)| (index, Tables::plain(at + i * self.cluster));
-        lane.entries.extend((0..).zip(missing).map(entry));
+        state.entries.extend((0..).zip(missing).map(entry));
         Ok(())
     }
 

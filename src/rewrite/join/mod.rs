@@ -16,7 +16,7 @@
 //! that it is.
 //!
 //! `plan` makes the plan (`planned`) of the `images` under both names, or says why not (`refuse`); `execute`
-//! carries it out, and `unfinished` goes on with one that was broken off.
+//! carries it out, and `unfinished` goes on with one that was interrupted.
 
 mod execute;
 mod images;

@@ -1,4 +1,4 @@
-//! Going on with what was broken off.
+//! Going on with what was interrupted.
 
 use std::cell::OnceCell;
 use std::collections::HashSet;
@@ -24,7 +24,7 @@ use crate::{folder, rewrite};
 /// Of how many journals it is said what becomes of them. More are counted.
 const MOST_TOLD: usize = 10;
 
-/// Goes on with what was broken off from `root` downward, but for that of the disks `own`. The caller
+/// Goes on with what was interrupted from `root` downward, but for that of the disks `own`. The caller
 /// holds the locks. Where it cannot be gone on with, a warning says so: no point is lost or wrong, and
 /// nobody's backup has to wait for it. The directory is read once, however many there are: each is of two
 /// folders that no other has.

@@ -213,7 +213,7 @@ proptest! {
             for place in places.iter().copied().chain([0.0]) {
                 let from = (place * size as f64) as u64;
                 for wanted in [RangeKind::Data, RangeKind::Hole] {
-                    let limits = Limits { near, folds: u32::MAX };
+                    let limits = Limits { near, merges: u32::MAX };
                     let found = image.search(from, wanted, limits).unwrap();
                     prop_assert_eq!(found, expected(&holes, from, wanted));
                     let far = SearchResult::At(image.size());
@@ -236,7 +236,7 @@ proptest! {
 fn a_search_gives_up_in_tables_that_say_nothing() {
     let f = qcow2(16, 1 << 30, &[0x20000, 0x20000], &[]);
     let image = image(f.path(), Format::Qcow2, 1 << 30, None);
-    let limits = Limits { near: 2, folds: 2 };
+    let limits = Limits { near: 2, merges: 2 };
     let found = image.search(0, RangeKind::Data, limits).unwrap();
     assert_eq!(found, SearchResult::GaveUp(2 * WINDOW));
     assert_eq!(image.seek_near(0, RangeKind::Data).unwrap(), None);
@@ -248,7 +248,7 @@ fn a_search_gives_up_in_tables_that_say_nothing() {
 fn a_far_search_merges_no_more_windows_over_a_larger_disk() {
     use Cluster::{Below, Data, Zero};
     let dir = tempfile::tempdir().unwrap();
-    let folds = |spans: usize, layers: &[Option<Cluster>], wanted| {
+    let merges = |spans: usize, layers: &[Option<Cluster>], wanted| {
         let plan = |c: &Option<Cluster>| {
             let table = c.map(|_| 0);
             let tables = vec![vec![c.unwrap_or(Below); 64]];
@@ -256,9 +256,9 @@ fn a_far_search_merges_no_more_windows_over_a_larger_disk() {
         };
         let chain: Vec<Plan> = layers.iter().map(plan).collect();
         let image = open(dir.path(), &chain, SPAN);
-        let limits = Limits { near: NEAR, folds: u32::MAX };
+        let limits = Limits { near: NEAR, merges: u32::MAX };
         assert_eq!(image.search(0, wanted, limits).unwrap(), SearchResult::Nothing);
-        image.cache.figures().folds
+        image.cache.figures().merges
     };
     for (layers, wanted) in [
         (&[Some(Data)][..], RangeKind::Hole),
@@ -270,7 +270,7 @@ fn a_far_search_merges_no_more_windows_over_a_larger_disk() {
         (&[Some(Data), Some(Below), None, Some(Below)], RangeKind::Hole),
     ] {
         for spans in [700, 7000] {
-            assert_eq!(folds(spans, layers, wanted), u64::from(NEAR), "{layers:?} {spans}");
+            assert_eq!(merges(spans, layers, wanted), u64::from(NEAR), "{layers:?} {spans}");
         }
     }
 }
