@@ -1,19 +1,41 @@
 #!/usr/bin/env python3
-"""How long a second copy takes: `fleecefs replicate` beside `rsync -aS`, from empty and with one new point.
+"""How long a second copy takes: `fleecefs replicate` beside `rsync -aS`, from empty, with one new point, and with none.
 
 usage: replicate.py FLEECEFS SOURCE FOLDER    (FOLDER: where the copies go, emptied afterwards)
+
+Each number is the median of three rounds, in turn, with what was written on its disk. Before each command the page
+cache forgets both directories (as far as the system does so when asked), so that none reads what another has read.
 """
 
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 
+ROUNDS = 3
 
-def timed(args):
+
+def forget(folder):
+    """Has the page cache forget the files of a folder."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            full = os.path.join(path, name)
+            if os.path.islink(full):
+                continue
+            fd = os.open(full, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def timed(args, *folders):
     """Seconds that a command takes, with what it wrote on its disk."""
     os.sync()
+    for folder in folders:
+        forget(folder)
     start = time.monotonic()
     subprocess.run(args, check=True, stdout=subprocess.DEVNULL)
     os.sync()
@@ -42,17 +64,22 @@ def main():
         "fleecefs replicate": lambda to: [program, "-q", "replicate", source, to],
         "rsync -aS": lambda to: ["rsync", "-aS", source.rstrip("/") + "/", to],
     }
+    to = os.path.join(folder, "copy")
+    times = {name: ([], [], []) for name in tools}
+    for _ in range(ROUNDS):
+        for name, command in tools.items():
+            shutil.rmtree(to, ignore_errors=True)
+            whole, one, nothing = times[name]
+            whole.append(timed(command(to), source))
+            for path in newest(to):
+                if os.path.exists(path):
+                    os.remove(path)
+            one.append(timed(command(to), source, to))
+            nothing.append(timed(command(to), source, to))
+            shutil.rmtree(to)
     print(f"{'':24} {'all':>8} {'one new':>8} {'nothing':>8}  (seconds)")
-    for name, command in tools.items():
-        to = os.path.join(folder, "copy")
-        shutil.rmtree(to, ignore_errors=True)
-        whole = timed(command(to))
-        for path in newest(to):
-            if os.path.exists(path):
-                os.remove(path)
-        one, nothing = timed(command(to)), timed(command(to))
-        print(f"{name:24} {whole:8.2f} {one:8.2f} {nothing:8.2f}")
-        shutil.rmtree(to)
+    for name, columns in times.items():
+        print(f"{name:24} " + " ".join(f"{statistics.median(c):8.2f}" for c in columns))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ use std::path::{Path, PathBuf};
 use super::Catalog;
 use super::link::format;
 use super::points::assemble;
+use super::walk::probe::ManifestResult;
 use super::walk::side_folder::SideFolder;
 use super::walk::tree::{Decision, FileEntry, Folder, LINK, LINK_REMEDY, Link, Tree};
-use crate::error::{Error, Finding, Kind, Result};
+use crate::error::{Error, Finding, Kind, Result, Severity};
 use crate::folder::{Entry, EntryKind};
 use crate::layout::name;
 use crate::layout::name::Name;
@@ -247,9 +248,9 @@ impl Walk<'_> {
         let parsed = name::parse(name);
         let wanted = parsed != Name::Ignored;
         let probed = self.cache.probe(&path, &handle, wanted, self.previous);
-        let manifest = match wanted {
-            true => self.cache.manifest(&path, side, self.previous),
-            false => Ok(None),
+        let (manifest, is_point) = match wanted {
+            true => self.manifest(&path, side),
+            false => (Ok(None), true),
         };
         let (manifest, manifest_problem) = match manifest {
             Ok(m) => (m, None),
@@ -258,9 +259,36 @@ impl Walk<'_> {
         let id = self.tree.files.len();
         self.tree.by_path.insert(path.as_os_str().to_os_string(), id);
         let decision = Decision::default();
+        // Its content is looked at all the same: with its manifest it is a point, and the same file.
+        let parsed = if is_point { parsed } else { Name::Ignored };
         let entry = FileEntry { path, name: parsed, probed, manifest, manifest_problem, decision };
         self.tree.files.push(entry);
         folder.files.push(id);
+    }
+
+    /// The manifest of the image at `path`, and whether that is a point: it is none as long as its manifest is announced
+    /// and not there. That is the end of a backup or a copy, or what is left of one that was killed.
+    fn manifest(&mut self, path: &Path, side: &SideFolder) -> (ManifestResult, bool) {
+        let found = self.cache.manifest(path, side, self.previous);
+        if !matches!((&found, side), (Ok(None), SideFolder::Open(_))) {
+            return (found, true);
+        }
+        let announcement = manifest::announcement(path.file_name().unwrap_or_default());
+        match side.handle(&announcement).map(|there| there.is_some()) {
+            Err(finding) => (Err(finding), true),
+            // The announcement goes when the manifest is there, which may have been just now.
+            Ok(false) => (self.cache.manifest(path, side, self.previous), true),
+            Ok(true) => {
+                let what = "it has no manifest yet, and is no point until then: a backup is at its end, or was \
+                            interrupted there";
+                let remedy =
+                    "'fleecefs recover', or the next command that writes there, finishes it";
+                let finding = Finding::warning(Kind::Incomplete, path, what);
+                let remedy = Some(remedy.into());
+                self.unfinished.push(Finding { severity: Severity::Note, remedy, ..finding });
+                (Ok(None), false)
+            }
+        }
     }
 
     fn unreadable(&mut self, path: &Path, e: std::io::Error) {
@@ -280,4 +308,49 @@ fn no_backup(name: &OsStr, what: &str, folder: &Path) -> Option<Finding> {
 fn is_own_mount(folder: &folder::Folder) -> bool {
     let status = folder.folder(manifest::FOLDER).and_then(|f| f.look("status.json"));
     status.is_ok_and(|m| m.is_file()) && folder.is_fuse()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::Format;
+    use crate::layer::qcow2::create::NewImage;
+
+    #[test]
+    fn an_image_whose_manifest_is_announced_is_no_point_until_it_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, side) =
+            (dir.path().join("sda/FULL-1700000000-sda"), dir.path().join("sda/.fleecefs"));
+        std::fs::create_dir_all(&side).unwrap();
+        let file = std::fs::File::options().write(true).read(true).create_new(true).open(&image);
+        NewImage::plain(1 << 20, 65536).write(&file.unwrap(), &image).unwrap();
+        let look = |previous: Option<&ProbeCache>| {
+            scan(dir.path(), &ScanOptions::default(), previous).unwrap()
+        };
+        let (catalog, cache) = look(None);
+        assert!(catalog.disks.len() == 1 && catalog.findings.is_empty(), "{:?}", catalog.findings);
+        let mut m = crate::chain::describe(&catalog.disks[0], 0).unwrap();
+        m.consistency.reason = "of its own".into();
+        // As a backup, or a copy, that is at its end.
+        let announcement = side.join("FULL-1700000000-sda.partial.json");
+        std::fs::write(&announcement, "whatever").unwrap();
+        let (catalog, cache) = look(Some(&cache));
+        assert!(catalog.disks.is_empty());
+        let [finding] = &catalog.findings[..] else { panic!("{:?}", catalog.findings) };
+        assert_eq!(
+            (finding.severity, &finding.path),
+            (Severity::Note, &image.canonicalize().unwrap())
+        );
+        // What an earlier scan of the same file found in it holds.
+        let (empty, fresh) = look(None);
+        assert!(empty.disks.is_empty());
+        manifest::write(&image.parent().unwrap().canonicalize().unwrap(), &m).unwrap();
+        for cache in [cache, fresh] {
+            let (catalog, _) = look(Some(&cache));
+            assert_eq!(catalog.disks[0].points.len(), 1, "{:?}", catalog.findings);
+            assert_eq!(catalog.disks[0].points[0].layers[0].format, Format::Qcow2);
+        }
+        std::fs::remove_file(&announcement).unwrap();
+        assert_eq!(look(None).0.disks.len(), 1);
+    }
 }

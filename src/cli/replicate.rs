@@ -124,12 +124,19 @@ pub(super) fn run(args: &ReplicateArgs) -> Result<()> {
             .at_path(&root)
             .remedy("is its file system mounted?"));
     }
-    let report = match &target {
+    let (mut report, ended) = match &target {
         Target::Here(path) => here(path, rules, &catalog, options, args)?,
         Target::Remote(remote) => there(remote, &catalog, options, args)?,
     };
+    if let Err(e) = &ended {
+        // Where there is nothing to report the error alone is told.
+        if report.images.is_empty() {
+            return ended;
+        }
+        report.error = serde_json::to_value(e.object()).ok();
+    }
     show(&report, args.print.json)?;
-    verdict(&report)
+    ended.and_then(|()| verdict(&report))
 }
 
 /// A copy inside the source would be copied the next time, and one above it holds what it is copied from.
@@ -148,7 +155,7 @@ fn here(
     catalog: &Catalog,
     options: Options,
     args: &ReplicateArgs,
-) -> Result<Report> {
+) -> Result<(Report, Result<()>)> {
     let cancel = cancel_flag()?;
     let (ours, its) = pair(&cancel)?;
     std::thread::scope(|scope| {
@@ -161,7 +168,7 @@ fn here(
         // It ends when its other side is gone.
         drop(ours);
         match (sent, receiver.join()) {
-            (sent, Ok(_)) => sent,
+            (sent, Ok(_)) => Ok(sent),
             (_, Err(panic)) => std::panic::resume_unwind(panic),
         }
     })
@@ -183,7 +190,7 @@ fn there(
     catalog: &Catalog,
     options: Options,
     args: &ReplicateArgs,
-) -> Result<Report> {
+) -> Result<(Report, Result<()>)> {
     let cancel = cancel_flag()?;
     let ssh = Ssh {
         command: args.ssh.clone(),
@@ -193,10 +200,10 @@ fn there(
     let mut connection = ssh.start(remote)?;
     let wire = connection.wire(&cancel)?;
     let bar = Bar::default();
-    let report = send::send(&wire, catalog, options, &args.work.work(&cancel, &bar));
+    let sent = send::send(&wire, catalog, options, &args.work.work(&cancel, &bar));
     // Before the connection, which waits for the end of the other side.
     drop(wire);
-    report
+    Ok(sent)
 }
 
 /// The other end, on standard input and output.
@@ -277,7 +284,6 @@ fn text(report: &Report) -> String {
             }
             Action::Older => format!("older  {path}  than the newest at the target"),
             Action::Merged => format!("there  {path}  as another level"),
-            Action::Unfinished => format!("later  {path}  its backup is still running"),
             Action::Present => {
                 there += 1;
                 continue;

@@ -7,6 +7,7 @@ use std::sync::Once;
 use super::bar::Bar;
 use super::paths;
 use super::work::cancel_flag;
+use crate::backup::recover::named;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, ForeignOwner, foreign_owner};
@@ -56,6 +57,7 @@ pub(super) fn finished_but_links(root: &Path) -> Result<Locks> {
         let work = Work { cancel: &cancel, progress: &bar, workers: 2, rate: None };
         folders.iter().try_for_each(|f| recover(f, &work))?;
     }
+    named::conclude(root);
     Ok(locks)
 }
 

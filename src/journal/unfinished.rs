@@ -35,6 +35,11 @@ fn journals_in(side: &Folder) -> Vec<PathBuf> {
 
 /// The folders from `root` downward in which something is unfinished.
 pub(crate) fn folders(root: &Path) -> Vec<PathBuf> {
+    folders_where(root, |side| !journals_in(side).is_empty())
+}
+
+/// The folders from `root` downward whose folders for manifests are `such`.
+pub(crate) fn folders_where(root: &Path, such: impl Fn(&Folder) -> bool) -> Vec<PathBuf> {
     let Ok(top) = Folder::open(root) else { return Vec::new() };
     let (mut found, mut todo) = (Vec::new(), vec![PathBuf::new()]);
     while let Some(relative) = todo.pop() {
@@ -43,7 +48,7 @@ pub(crate) fn folders(root: &Path) -> Vec<PathBuf> {
         for entry in entries.into_iter().filter(|e| e.kind == EntryKind::Folder) {
             if entry.name != FOLDER {
                 todo.push(relative.join(entry.name));
-            } else if dir.folder(FOLDER).is_ok_and(|side| !journals_in(&side).is_empty()) {
+            } else if dir.folder(FOLDER).is_ok_and(|side| such(&side)) {
                 found.push(dir.path().to_path_buf());
             }
         }

@@ -30,6 +30,8 @@ use crate::layout::{Level, name};
 
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
 pub const FOLDER: &str = ".fleecefs";
+/// Ends the names of announcements.
+const ANNOUNCED: &str = ".partial.json";
 
 /// How the names of files that are not yet complete begin in that folder. Under the folder's lock
 /// they are what a killed run left.
@@ -410,6 +412,20 @@ pub fn file_name(image: &OsStr) -> OsString {
     let mut name = image.to_os_string();
     name.push(".json");
     name
+}
+
+/// The name of the announcement of `image`, in [`FOLDER`]: its manifest, until the image has its name and the manifest
+/// its own. An image with an announcement and without a manifest is no point yet.
+pub(crate) fn announcement(image: &OsStr) -> OsString {
+    let mut name = image.to_os_string();
+    name.push(ANNOUNCED);
+    name
+}
+
+/// The image that a file in [`FOLDER`] announces, if it is an announcement.
+pub(crate) fn announced_by(file: &OsStr) -> Option<&OsStr> {
+    let image = file.as_bytes().strip_suffix(ANNOUNCED.as_bytes())?;
+    (!image.is_empty()).then(|| OsStr::from_bytes(image))
 }
 
 /// The VM's UUID out of what QEMU said about itself; `None` if it has none.

@@ -15,8 +15,6 @@ pub(crate) struct Facts {
     pub needs: Vec<usize>,
     /// Why it cannot be sent.
     pub blocked: Option<String>,
-    /// Whether a backup that is at work has yet to make a point of it.
-    pub unfinished: bool,
     /// Whether a manifest goes with it.
     pub has_manifest: bool,
     /// How it is found at the other side.
@@ -72,8 +70,6 @@ pub(crate) enum Action {
     Merged,
     /// It is older than the newest that is there, and no longer wanted there.
     Older,
-    /// The backup that makes it is still running.
-    Unfinished,
     /// It cannot be sent.
     Left,
 }
@@ -105,8 +101,7 @@ pub(crate) fn plan(facts: &[Facts], newer: bool) -> Vec<Step> {
     }
     for i in 0..facts.len() {
         let is_new = matches!(steps[i].action, Action::Sent | Action::Recorded);
-        let unusable = |n: &&usize| matches!(steps[**n].action, Action::Left | Action::Unfinished);
-        if is_new && facts[i].needs.iter().any(|n| unusable(&n)) {
+        if is_new && facts[i].needs.iter().any(|n| steps[*n].action == Action::Left) {
             let why = Some("it depends on a point that is not sent".to_string());
             steps[i] = Step { action: Action::Left, why };
         }
@@ -120,7 +115,6 @@ fn first(facts: &Facts) -> Step {
     match (&facts.blocked, facts.there) {
         (_, There::Same) => step(Action::Present),
         (Some(why), _) => left(why),
-        _ if facts.unfinished => step(Action::Unfinished),
         (None, There::Bare) if facts.has_manifest => step(Action::Recorded),
         (None, There::Bare) => step(Action::Present),
         (None, There::Other) => left(ANOTHER),
@@ -172,7 +166,6 @@ mod tests {
                 _ => There::Absent,
             },
             blocked: (c == 'x').then(|| "damaged".to_string()),
-            unfinished: c == '?',
             has_twin: c == 't',
             ..Facts::default()
         };
@@ -186,7 +179,6 @@ mod tests {
             Action::Present => 'p',
             Action::Merged => 'm',
             Action::Older => 'o',
-            Action::Unfinished => 'u',
             Action::Left => 'l',
         };
         plan(facts, newer).iter().map(letter).collect()
@@ -204,8 +196,6 @@ mod tests {
             ("=x..", "plll"),
             ("=!..", "plll"),
             ("!==.", "lpps"),
-            // A backup that is at work.
-            ("==?", "ppu"),
             // What is there stays, whatever the source's own state.
             ("t==.", "mpps"),
             // Its state is there by another name, but what is to come builds on this one.

@@ -1,5 +1,10 @@
 //! The receiver: answers each request, and trusts none. What it writes is decided by [`super::store`].
+//!
+//! It holds the directory's lock, so a sender gets time for what comes of it alone: bytes of images, and images that
+//! become files. Requests, refused bytes and signs of work earn nothing ([`super::patience`]); and only so many images
+//! may come to nothing.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use super::message::{self, Answer, Frame, MOST_NAMES, MOST_NEEDS, Needed, Request, VERSION};
@@ -8,6 +13,10 @@ use super::store::{Incoming, Store, Whole};
 use super::wire::Wire;
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileMode;
+
+/// How many images may come to nothing in a run: begun and given up, or not what was said. Whoever sends has read
+/// each of them to its end and found it damaged, or it was changed meanwhile.
+const MOST_LOST: u32 = 1000;
 
 /// Where it all goes: made, locked and tidied up by whoever has the command line.
 pub(crate) trait Place {
@@ -31,6 +40,10 @@ struct Receiver<'a, 'b> {
     store: Option<Store>,
     dry_run: bool,
     whole: Option<Whole>,
+    /// Images that came to nothing.
+    lost: u32,
+    /// Files of ours that the sender was told to compare with its own: it gets the time for each once.
+    looked: HashSet<(FolderPath, WireName)>,
 }
 
 /// Answers until the sender has said its last word.
@@ -50,7 +63,8 @@ pub(crate) fn serve(wire: &Wire, place: &mut dyn Place) -> Result<()> {
         Err(e) => return wire.send(&Answer::failed(&e)),
     };
     wire.send(&Answer::Hello { version: VERSION, program: program_name() })?;
-    let mut receiver = Receiver { wire, store, dry_run, whole: None };
+    let (whole, lost, looked) = (None, 0, HashSet::new());
+    let mut receiver = Receiver { wire, store, dry_run, whole, lost, looked };
     loop {
         match wire.receive()? {
             Request::Bye => break,
@@ -91,7 +105,9 @@ impl Receiver<'_, '_> {
     fn serve(&mut self, request: Request) -> Result<()> {
         let answer = match request {
             Request::Image { folder, name, size, modified, verify } => {
-                let begun = self.store().and_then(|s| s.begin(&folder, &name, size, modified));
+                let may_begin = self.check_lost();
+                let begin = |s: &Store| s.begin(&folder, &name, size, modified);
+                let begun = may_begin.and_then(|()| self.store()).and_then(begin);
                 return self.image(begun, verify);
             }
             Request::Commit { manifest, needs } => {
@@ -102,9 +118,12 @@ impl Receiver<'_, '_> {
                 let manifest = self.wire.receive_whole()?;
                 let adopt = || {
                     check_few(&needs)?;
+                    self.check_lost()?;
                     self.store()?.adopt((&folder, &name), &blake3, &manifest, &needs)
                 };
-                self.wire.busy(adopt).map(|()| Answer::Done)
+                let adopted = self.wire.busy(adopt);
+                self.ended(adopted.is_ok());
+                adopted.map(|()| Answer::Done)
             }
             Request::Small { folder, kind, name } => {
                 let bytes = self.wire.receive_whole()?;
@@ -114,9 +133,7 @@ impl Receiver<'_, '_> {
                 Some(store) => store.check_id(&folder, &id).map(|()| Answer::Done),
                 None => Ok(Answer::Done),
             },
-            Request::Ask { folder, names, look } => {
-                self.wire.busy(|| self.ask(&folder, &names, look))
-            }
+            Request::Ask { folder, names, look } => self.ask(&folder, names, look),
             Request::Hello { .. } | Request::Part { .. } | Request::Bye => {
                 return Err(message::nonsense());
             }
@@ -130,20 +147,47 @@ impl Receiver<'_, '_> {
         self.store.as_ref().filter(|_| !self.dry_run).ok_or_else(refused)
     }
 
-    fn ask(&self, folder: &FolderPath, names: &[WireName], look: bool) -> Result<Answer> {
+    fn ask(&mut self, folder: &FolderPath, names: Vec<WireName>, look: bool) -> Result<Answer> {
         if names.len() > MOST_NAMES {
             return Err(Error::new(Kind::Unsupported, "too many names at once"));
         }
         let files = match &self.store {
-            Some(store) => store.held(folder, names, look)?,
+            Some(store) => self.wire.busy(|| store.held(folder, &names, look))?,
             None => vec![None; names.len()],
         };
+        for (name, held) in names.into_iter().zip(&files).filter(|_| look) {
+            // It reads its own file of that name and size, and perhaps all of it.
+            let Some(held) = held.as_ref().filter(|h| h.is_file) else { continue };
+            if self.looked.insert((folder.clone(), name)) {
+                self.wire.patience().allow(1, held.size);
+            }
+        }
         Ok(Answer::Held { files })
+    }
+
+    /// Fails once too many images have come to nothing.
+    fn check_lost(&self) -> Result<()> {
+        if self.lost < MOST_LOST {
+            return Ok(());
+        }
+        let what = format!("{MOST_LOST} images have come to nothing: this run gets no more");
+        Err(Error::new(Kind::Peer, what)
+            .remedy("see what is wrong with them: 'fleecefs verify SRC'"))
+    }
+
+    /// An image that was begun has come to its end: it is a point now, or nothing.
+    fn ended(&mut self, is_point: bool) {
+        match is_point {
+            true => self.wire.patience().renew(),
+            false => self.lost = self.lost.saturating_add(1),
+        }
     }
 
     /// Takes an image's bytes to their end; those of one that failed are passed over.
     fn image(&mut self, begun: Result<Incoming>, verify: bool) -> Result<()> {
-        self.whole = None;
+        if self.whole.take().is_some() {
+            self.ended(false);
+        }
         let mut incoming = match begun {
             Ok(incoming) => Some(incoming),
             Err(e) => {
@@ -155,13 +199,18 @@ impl Receiver<'_, '_> {
         let last = loop {
             let frame = self.wire.receive_frame()?;
             let taken = match (&frame, &mut incoming) {
-                (Frame::Data(bytes), Some(image)) => image.data(bytes),
-                (Frame::Hole(len), Some(image)) => image.hole(*len),
+                (Frame::Data(bytes), Some(image)) => {
+                    image.data(bytes).map(|()| self.wire.patience().moved(bytes.len() as u64))
+                }
+                (Frame::Hole(len), Some(image)) => {
+                    image.hole(*len).map(|()| self.wire.patience().passed(*len))
+                }
                 (Frame::Data(_) | Frame::Hole(_), None) => Ok(()),
                 _ => break frame,
             };
             if let Err(e) = taken {
                 incoming = None;
+                self.ended(false);
                 if !told {
                     self.wire.send(&Answer::failed(&e))?;
                     told = true;
@@ -183,24 +232,30 @@ impl Receiver<'_, '_> {
         told: bool,
     ) -> Result<()> {
         let Some(incoming) = incoming.filter(|_| !told) else { return Ok(()) };
-        let Some(blake3) = blake3 else { return self.wire.send(&Answer::Done) };
+        let Some(blake3) = blake3 else {
+            self.ended(false);
+            return self.wire.send(&Answer::Done);
+        };
         let answer = match self.wire.busy(|| incoming.complete(&blake3, verify)) {
             Ok(whole) => {
                 self.whole = Some(whole);
                 Answer::Done
             }
-            Err(e) => Answer::failed(&e),
+            Err(e) => {
+                self.ended(false);
+                Answer::failed(&e)
+            }
         };
         self.wire.send(&answer)
     }
 
     fn commit(&mut self, manifest: Option<&[u8]>, needs: &[Needed]) -> Result<()> {
-        let whole = self.whole.take();
-        check_few(needs)?;
-        let store = self.store()?;
         let missing = || Error::new(Kind::Incomplete, "no image was received before this");
-        let whole = whole.ok_or_else(missing)?;
-        self.wire.busy(|| store.commit(whole, manifest, needs))
+        let whole = self.whole.take().ok_or_else(missing)?;
+        let commit = |store: &Store| self.wire.busy(|| store.commit(whole, manifest, needs));
+        let committed = check_few(needs).and_then(|()| self.store()).and_then(commit);
+        self.ended(committed.is_ok());
+        committed
     }
 
     fn small(

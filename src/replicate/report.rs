@@ -46,6 +46,9 @@ pub(crate) struct Report {
     /// What was deleted there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pruned: Option<Pruned>,
+    /// Why the run ended before its end, if it did, as JSON has errors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<serde_json::Value>,
 }
 
 impl Report {
@@ -57,11 +60,7 @@ impl Report {
                 self.bytes = self.bytes.saturating_add(image.bytes);
             }
             Action::Left => self.left += 1,
-            Action::Recorded
-            | Action::Present
-            | Action::Merged
-            | Action::Older
-            | Action::Unfinished => {}
+            Action::Recorded | Action::Present | Action::Merged | Action::Older => {}
         }
         self.images.push(image);
     }

@@ -4,7 +4,7 @@
 //! nothing else. It can refuse, and lie about what it has; it cannot ask for a file.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::message::{
@@ -59,7 +59,7 @@ struct Sender<'a, 'b> {
     work: &'a Work<'a>,
 }
 
-/// Replicates what was scanned to the other side.
+/// Replicates what was scanned to the other side. The report says what was done also where it did not come to its end.
 ///
 /// # Errors
 /// Why nothing more could be sent; points that could not be are in the report.
@@ -68,39 +68,45 @@ pub(crate) fn send(
     catalog: &Catalog,
     options: Options,
     work: &Work,
-) -> Result<Report> {
-    let source = Source::of(catalog);
-    let sender = Sender { wire, catalog, items: &source.items, options, work };
-    sender.greet()?;
-    let small = small_files(&catalog.root, &source.items)?;
-    sender.check_ids(&small)?;
-    let steps = sender.plan()?;
+) -> (Report, Result<()>) {
+    let Source { items, refused } = Source::of(catalog);
     let mut report = Report { dry_run: options.dry_run, ..Report::default() };
-    for (path, why) in source.refused {
-        let path = path.strip_prefix(&catalog.root).map(Path::to_path_buf).unwrap_or(path);
-        report.add(PointReport { path, action: Action::Left, bytes: 0, why: Some(why) });
-    }
-    let (ids, others): (Vec<_>, Vec<_>) =
-        small.into_iter().partition(|file| file.kind == SmallKind::Id);
-    // Whose points these are is known before there is one, also if this does not come to its end.
-    if !options.dry_run {
-        sender.small_files(&ids)?;
-    }
-    sender.run(steps, &mut report)?;
-    if !options.dry_run {
-        sender.small_files(&others)?;
-    }
-    match sender.ask(&Request::Bye)? {
-        Answer::Ended { deleted: 0, .. } => {}
-        Answer::Ended { deleted, freed } => {
-            report.pruned = Some(Pruned { points: deleted, bytes: freed })
-        }
-        _ => return Err(message::nonsense()),
-    }
-    Ok(report)
+    let sender = Sender { wire, catalog, items: &items, options, work };
+    let ended = sender.all(refused, &mut report);
+    (report, ended)
 }
 
 impl Sender<'_, '_> {
+    /// All of it, from the first word to the last.
+    fn all(&self, refused: Vec<(PathBuf, String)>, report: &mut Report) -> Result<()> {
+        self.greet()?;
+        let small = small_files(&self.catalog.root, self.items)?;
+        self.check_ids(&small)?;
+        let steps = self.plan()?;
+        for (path, why) in refused {
+            let path = path.strip_prefix(&self.catalog.root).map(Path::to_path_buf).unwrap_or(path);
+            report.add(PointReport { path, action: Action::Left, bytes: 0, why: Some(why) });
+        }
+        let (ids, others): (Vec<_>, Vec<_>) =
+            small.into_iter().partition(|file| file.kind == SmallKind::Id);
+        // Whose points these are is known before there is one, also if this does not come to its end.
+        if !self.options.dry_run {
+            self.small_files(&ids)?;
+        }
+        self.run(steps, report)?;
+        if !self.options.dry_run {
+            self.small_files(&others)?;
+        }
+        match self.ask(&Request::Bye)? {
+            Answer::Ended { deleted: 0, .. } => {}
+            Answer::Ended { deleted, freed } => {
+                report.pruned = Some(Pruned { points: deleted, bytes: freed })
+            }
+            _ => return Err(message::nonsense()),
+        }
+        Ok(())
+    }
+
     /// The receiver's answer to a request.
     fn ask(&self, request: &Request) -> Result<Answer> {
         self.wire.send(request)?;
@@ -108,7 +114,10 @@ impl Sender<'_, '_> {
     }
 
     fn answer(&self) -> Result<Answer> {
-        self.wire.receive::<Answer>()?.checked()
+        let answer = self.wire.receive::<Answer>()?;
+        // There are no more answers than this side asks for.
+        self.wire.patience().renew();
+        answer.checked()
     }
 
     fn done(&self) -> Result<()> {
@@ -188,7 +197,6 @@ impl Sender<'_, '_> {
                 time: item.time,
                 needs: item.needs.clone(),
                 blocked: item.blocked.clone(),
-                unfinished: item.unfinished,
                 has_manifest: !matches!(item.manifest, SourceManifest::Absent),
                 there: there[i],
                 has_twin: twin[i],
@@ -258,23 +266,31 @@ impl Sender<'_, '_> {
         Ok(found)
     }
 
-    /// Does what was planned.
+    /// Does what was planned. Where it ends before, the rest is in the report as what could not be sent.
     fn run(&self, mut steps: Vec<Step>, report: &mut Report) -> Result<()> {
         let sent = |s: &Step| s.action == Action::Sent;
         let of = self.items.iter().zip(&steps).filter(|(_, s)| sent(s));
         let total = of.map(|(item, _)| item.size()).sum();
         let start = Instant::now();
         self.work.progress.begin("replicating", total);
+        let mut ended = Ok(());
         for (i, item) in self.items.iter().enumerate() {
-            if !self.options.dry_run {
-                self.step(i, &mut steps)?;
+            let is_over = ended.is_err();
+            if !self.options.dry_run && !is_over {
+                ended = self.step(i, &mut steps);
+            }
+            if let Err(e) = &ended
+                && matches!(steps[i].action, Action::Sent | Action::Recorded)
+            {
+                let why = if is_over { "the run ended before".to_string() } else { e.report() };
+                steps[i] = Step { action: Action::Left, why: Some(why) };
             }
             let Step { action, why } = steps[i].clone();
             let bytes = if action == Action::Sent { item.size() } else { 0 };
             report.add(PointReport { path: item.path(), action, bytes, why });
         }
         self.work.progress.end(start.elapsed());
-        Ok(())
+        ended
     }
 
     /// Does one step; what fails of one point alone is put down in the plan.
@@ -320,11 +336,14 @@ impl Sender<'_, '_> {
                 // The receiver drops it, and has said one word about it in any case.
                 self.wire.send(&Request::Part { blake3: None }).map_err(Trouble::Session)?;
                 self.wire.receive::<Answer>().map_err(Trouble::Session)?;
+                self.wire.patience().renew();
                 return Err(Trouble::Item(e));
             }
             Err(e) => return Err(e),
         };
         self.wire.send(&Request::Part { blake3: Some(hash.clone()) }).map_err(Trouble::Session)?;
+        // It is written out, and perhaps read back.
+        self.wire.patience().allow(1, item.size());
         self.done().map_err(from_receiver)?;
         self.kept_files(item)?;
         let manifest = self.manifest(item, &hash).map_err(Trouble::Item)?;
@@ -353,6 +372,7 @@ impl Sender<'_, '_> {
         let (folder, name) = (item.folder.clone(), item.name.clone());
         let adopt = Request::Adopt { folder, name, blake3: hash, needs };
         self.wire.send(&adopt).map_err(Trouble::Session)?;
+        self.wire.patience().allow(1, item.size());
         self.whole(manifest.unwrap_or_default()).map_err(Trouble::Session)?;
         self.done().map_err(from_receiver)
     }
@@ -377,6 +397,7 @@ impl Sender<'_, '_> {
                 let len = len.min(LONGEST_HOLE);
                 hash::zeros(&mut hasher, len);
                 self.wire.send_frame(message::Frame::Hole(len)).map_err(Trouble::Session)?;
+                self.wire.patience().passed(len);
                 self.work.progress.advance(len);
                 at += len;
                 continue;
@@ -385,6 +406,7 @@ impl Sender<'_, '_> {
             file.read_exact_at(&mut buf[..n], at).map_err(Trouble::Item)?;
             hasher.update(&buf[..n]);
             self.wire.send_data(&buf[..n]).map_err(Trouble::Session)?;
+            self.wire.patience().moved(n as u64);
             self.work.did(n as u64).map_err(Trouble::Session)?;
             at += n as u64;
         }

@@ -3,7 +3,8 @@
 //!
 //! Nothing is locked: the source is read as a mount reads it. What was seen here is compared again before a file
 //! becomes a point at the other side ([`Item::check_unchanged`]): the file, its manifest, what it builds on, and that
-//! nobody has begun to rewrite the folder. Whoever rewrites one writes a journal first.
+//! nobody has begun to rewrite the folder. Whoever rewrites one writes a journal first. An image that had no manifest
+//! must still have none: a backup that was at its end has one now, which says more than what was made up here.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -37,8 +38,6 @@ pub(crate) struct Item {
     pub needs: Vec<usize>,
     /// Why it cannot be sent.
     pub blocked: Option<String>,
-    /// Whether a backup that is at work has yet to make a point of it.
-    pub unfinished: bool,
     /// Its manifest.
     pub manifest: SourceManifest,
     /// Names of other images whose states are of the same time.
@@ -115,14 +114,23 @@ impl Item {
     /// `Changed`, or what the operating system said.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
         let file = self.file()?;
-        if let SourceManifest::Beside(hash, ..) = &self.manifest {
-            let text = self.manifest_text()?;
-            if text.is_none_or(|text| blake3::hash(&text) != *hash) {
-                return Err(changed(file.path(), "its manifest changed"));
+        let folder = file.path().parent().unwrap_or(file.path());
+        match &self.manifest {
+            SourceManifest::Beside(hash, ..) => {
+                let text = self.manifest_text()?;
+                if text.is_none_or(|text| blake3::hash(&text) != *hash) {
+                    return Err(changed(file.path(), "its manifest changed"));
+                }
+            }
+            // First whether one is announced: that goes when the manifest is there.
+            SourceManifest::Absent | SourceManifest::Made => {
+                let is_announced = is_announced(folder, self.name.as_os_str())?;
+                if is_announced || self.manifest_text()?.is_some() {
+                    return Err(changed(file.path(), "it got its manifest"));
+                }
             }
         }
         file.check_unchanged()?;
-        let folder = file.path().parent().unwrap_or(file.path());
         match is_being_rewritten(folder)? {
             true => Err(changed(folder, "a command has begun to change this folder")),
             false => Ok(()),
@@ -146,6 +154,14 @@ fn changed(path: &Path, what: &str) -> Error {
     Error::new(Kind::Changed, format!("{what} while it was being replicated"))
         .at_path(path)
         .remedy("run it again")
+}
+
+/// Whether the manifest of an image is announced: a backup is at its end, or was interrupted there.
+fn is_announced(folder: &Path, image: &OsStr) -> Result<bool> {
+    let side = Folder::open(folder).and_then(|f| f.folder(manifest::FOLDER));
+    let failed = |e| Error::io(e, "cannot open the folder for manifests").at_path(folder);
+    let side = crate::folder::absent_is_none(side).map_err(failed)?;
+    Ok(side.is_some_and(|side| side.has(manifest::announcement(image))))
 }
 
 /// Whether something in the folder is unfinished. (Journals of the folders above are about other files.)
@@ -262,14 +278,13 @@ impl Items<'_> {
                 "a command that changes its folder is running or was interrupted".to_string()
             });
         }
-        let (manifest, unfinished) = beside(path).unwrap_or_else(|e| {
+        let manifest = beside(path).unwrap_or_else(|e| {
             blocked.get_or_insert_with(|| e.report());
-            (SourceManifest::Absent, false)
+            SourceManifest::Absent
         });
         let (needs, twins, time) = (Vec::new(), Vec::new(), point.time);
         let file = file.filter(|_| blocked.is_none());
-        let item =
-            Item { folder, name, file, at, time, needs, blocked, unfinished, manifest, twins };
+        let item = Item { folder, name, file, at, time, needs, blocked, manifest, twins };
         self.source.items.push(item);
         Some(index)
     }
@@ -282,24 +297,20 @@ impl Items<'_> {
     }
 }
 
-/// The manifest of an image, and whether a backup has yet to write it.
-fn beside(path: &Path) -> Result<(SourceManifest, bool)> {
+/// The manifest of an image. (One that is announced and not there yet makes no point, and is none of the catalog's.)
+fn beside(path: &Path) -> Result<SourceManifest> {
     let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok((SourceManifest::Absent, false));
+        return Ok(SourceManifest::Absent);
     };
     let failed = |e| Error::io(e, "cannot open the folder").at_path(dir);
     let folder = Folder::open(dir).map_err(failed)?;
     let Some(text) = manifest::read_text(&folder, name)? else {
-        let mut announced = name.to_os_string();
-        announced.push(".partial.json");
-        let side = crate::folder::absent_is_none(folder.folder(manifest::FOLDER));
-        let is_announced = side.map_err(failed)?.is_some_and(|side| side.has(announced));
-        return Ok((SourceManifest::Absent, is_announced));
+        return Ok(SourceManifest::Absent);
     };
     let m: Manifest =
         manifest::parse(&text).map_err(|e| e.at_path(manifest::manifest_path(dir, name)))?;
     let kept = m.config_files.into_iter().filter(|c| !c.stored.is_empty()).collect();
-    Ok((SourceManifest::Beside(blake3::hash(&text), m.blake3, kept), false))
+    Ok(SourceManifest::Beside(blake3::hash(&text), m.blake3, kept))
 }
 
 /// The names that an image of the same disk and time would have at another level: what `consolidate` has made a FULL

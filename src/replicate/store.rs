@@ -1,6 +1,10 @@
 //! What the receiver does with files in its backup directory. All of it goes by descriptors of the folder gate: a
 //! name of the other side is one plain name in a folder below the directory, and no file is replaced but the small
 //! ones that say what QEMU said last.
+//!
+//! An image becomes a point as one of a backup does ([`crate::backup::publish`]): its manifest is announced, the image
+//! gets its name, and the announcement becomes its manifest. In between it is no point for anybody, and whoever writes
+//! next finishes it.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -10,6 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use super::message::{Held, Modified, Needed};
 use super::name::{FolderPath, SmallKind, WireName, is_known, may_be_received};
+use crate::backup::publish;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::folder::{self, FileMode, Folder, PlainName, Replace, Temp};
@@ -151,12 +156,24 @@ impl Store {
                 Error::new(Kind::Exists, "another file has this name").at_path(open.join(text))
             );
         }
-        check_manifest(manifest, name.as_os_str(), file.identity().size, blake3, &open)?;
+        let opened = file.file()?;
+        check_manifest(manifest, name.as_os_str(), &opened, blake3, &open)?;
         self.check_needs(needs)?;
-        self.write_manifest(&open, name.as_os_str(), manifest)
+        let side = self.side(&open)?;
+        if !has_manifest(&side, name.as_os_str(), manifest)? {
+            let written =
+                side.write_shared(manifest::file_name(name.as_os_str()), manifest, self.share);
+            written.map_err(|e| {
+                let path = manifest::manifest_path(open.path(), name.as_os_str());
+                Error::io(e, "cannot write the manifest").at_path(path)
+            })?;
+        }
+        step("replicate: adopted");
+        // What a run that was killed had announced, if it did.
+        publish::withdraw(&open, name.as_os_str())
     }
 
-    /// The complete image gets its name, then its manifest.
+    /// The complete image gets its name, then its manifest: until then it is no point.
     ///
     /// # Errors
     /// `Incomplete` or `Changed` if what it needs is not there; `Corrupt` if the manifest is not its own; `Exists`;
@@ -168,39 +185,41 @@ impl Store {
         needs: &[Needed],
     ) -> Result<()> {
         let Whole { incoming, blake3 } = whole;
-        let Incoming { temp, folder, name, path, size, .. } = incoming;
+        let Incoming { temp, folder, name, path, .. } = incoming;
         if let Some(manifest) = manifest {
-            check_manifest(manifest, &name, size, &blake3, &folder)?;
+            check_manifest(manifest, &name, temp.file(), &blake3, &folder)?;
         }
         self.check_needs(needs)?;
         step("replicate: received");
-        temp.publish(&name, Replace::No)
-            .map_err(|e| Error::io(e, "cannot give the file its name").at_path(&path))?;
-        step("replicate: named");
-        match manifest {
-            Some(manifest) => self.write_manifest(&folder, &name, manifest),
-            None => Ok(()),
+        let is_announced = self.announce(&folder, &name, manifest)?;
+        step("replicate: announced");
+        if let Err(e) = temp.publish(&name, Replace::No) {
+            // It is about no image then.
+            publish::withdraw(&folder, &name)?;
+            return Err(Error::io(e, "cannot give the file its name").at_path(&path));
         }
-    }
-
-    fn write_manifest(&self, folder: &Folder, image: &OsStr, text: &[u8]) -> Result<()> {
-        let file = manifest::file_name(image);
-        let failed = |e| {
-            let path = manifest::manifest_path(folder.path(), image);
-            Error::io(e, "cannot write the manifest").at_path(path)
-        };
-        let side = self.side(folder)?;
-        // The bytes of an image are easily proved, and whoever has one may not say anew what it is.
-        match side.read_if_there(&file, manifest::MAX_BYTES).map_err(failed)? {
-            Some(own) if own == text => return Ok(()),
-            Some(_) => {
-                let what = "this image has another manifest already";
-                return Err(Error::new(Kind::Exists, what).at_path(side.join(&file)));
-            }
-            None => side.write_shared(&file, text, self.share).map_err(failed)?,
+        step("replicate: named");
+        if is_announced {
+            publish::commit_text(&folder, &name)?;
         }
         step("replicate: committed");
         Ok(())
+    }
+
+    /// Announces the manifest of an image that has yet to get its name; whether that is needed.
+    fn announce(&self, folder: &Folder, image: &OsStr, manifest: Option<&[u8]>) -> Result<bool> {
+        // One that a killed run left would be taken for this image's.
+        publish::withdraw(folder, image)?;
+        let side = folder::absent_is_none(folder.folder(manifest::FOLDER));
+        let side = side.map_err(|e| {
+            Error::io(e, "cannot open the folder for manifests").at_path(folder.path())
+        })?;
+        // A manifest whose image is gone is there already.
+        let text = manifest.unwrap_or_default();
+        if side.map_or(Ok(false), |side| has_manifest(&side, image, text))? || manifest.is_none() {
+            return Ok(false);
+        }
+        publish::announce_text(folder, image, text, self.share).map(|()| true)
     }
 
     fn side(&self, folder: &Folder) -> Result<Folder> {
@@ -310,7 +329,7 @@ fn leads_somewhere(folder: &Folder, link: &OsStr) -> bool {
 
 fn refused(name: &WireName) -> Error {
     let text = crate::text::path_text(name.as_os_str());
-    Error::new(Kind::Unsupported, format!("'{text}' is not the name of an image"))
+    Error::new(Kind::Unsupported, format!("'{text}' is not the name of an image, or too long"))
 }
 
 fn held(folder: &Folder, name: &OsStr, look: bool) -> Result<Option<Held>> {
@@ -343,11 +362,28 @@ fn held(folder: &Folder, name: &OsStr, look: bool) -> Result<Option<Held>> {
     Ok(Some(held))
 }
 
-/// Fails unless this is a manifest of that image, whose parent is there.
+/// Whether the image has this manifest.
+///
+/// # Errors
+/// `Exists` if it has another: the bytes of an image are easily proved, and whoever has one may not say anew what it is.
+fn has_manifest(side: &Folder, image: &OsStr, text: &[u8]) -> Result<bool> {
+    let path = side.join(manifest::file_name(image));
+    let own = side.read_if_there(manifest::file_name(image), manifest::MAX_BYTES);
+    match own.map_err(|e| Error::io(e, "cannot read the manifest").at_path(&path))? {
+        None => Ok(false),
+        Some(own) if own == text => Ok(true),
+        Some(_) => {
+            let what = "this image has another manifest already";
+            Err(Error::new(Kind::Exists, what).at_path(path))
+        }
+    }
+}
+
+/// Fails unless this is a manifest of that image, which is open as `file`, and whose parent is there.
 fn check_manifest(
     text: &[u8],
     image: &OsStr,
-    size: u64,
+    file: &File,
     blake3: &str,
     folder: &Folder,
 ) -> Result<()> {
@@ -356,11 +392,19 @@ fn check_manifest(
         return Err(Error::new(Kind::Corrupt, "the manifest is too large").at_path(path));
     }
     let m = manifest::parse(text).map_err(|e| e.at_path(&path))?;
-    let own = OsStr::new(&m.image) == image
-        && m.file_size == size
-        && m.blake3.as_deref().is_none_or(|hash| hash == blake3);
-    if !own {
-        return Err(Error::new(Kind::Corrupt, "the manifest is not this image's").at_path(path));
+    let failed = |e| Error::io(e, "cannot read the image").at_path(folder.join(image));
+    let own = fingerprint_of(file).map_err(failed)?;
+    let wrong = match () {
+        () if OsStr::new(&m.image) != image => Some("name"),
+        () if m.file_size != file.metadata().map_err(failed)?.len() => Some("length"),
+        () if m.blake3.is_some_and(|hash| hash != blake3) => Some("hash"),
+        () if m.fingerprint.is_some_and(|print| print != own) => Some("fingerprint"),
+        () => None,
+    };
+    if let Some(wrong) = wrong {
+        let what = format!("the manifest is not this image's: it has another {wrong}");
+        let error = Error::new(Kind::Corrupt, what).at_path(path);
+        return Err(error.remedy("see what 'fleecefs verify' says of it at the source"));
     }
     match m.parent.filter(|parent| !folder.look(parent).is_ok_and(|meta| meta.is_file())) {
         Some(parent) => {

@@ -16,7 +16,7 @@ use crate::folder::FileMode;
 use crate::job::Work;
 
 /// A directory that is there, without locks.
-struct Plain(PathBuf);
+pub(super) struct Plain(pub(super) PathBuf);
 
 impl Place for Plain {
     fn open(&mut self, _: bool) -> Result<Option<(PathBuf, FileMode)>> {
@@ -29,14 +29,14 @@ impl Place for Plain {
 }
 
 /// A target, something beside it, and a sender of the test's own.
-struct Target {
+pub(super) struct Target {
     _dir: tempfile::TempDir,
-    root: PathBuf,
-    outside: PathBuf,
+    pub(super) root: PathBuf,
+    pub(super) outside: PathBuf,
 }
 
 impl Target {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let base = dir.path().canonicalize().unwrap();
         let (root, outside) = (base.join("target"), base.join("outside"));
@@ -63,12 +63,12 @@ impl Target {
         ended
     }
 
-    fn files(&self) -> Vec<PathBuf> {
+    pub(super) fn files(&self) -> Vec<PathBuf> {
         files(&self.root)
     }
 }
 
-fn pair(stop: &AtomicBool) -> (Wire<'_>, Wire<'_>) {
+pub(super) fn pair(stop: &AtomicBool) -> (Wire<'_>, Wire<'_>) {
     let (a, b) = UnixStream::pair().unwrap();
     let wire = |s: UnixStream| {
         let again = s.try_clone().unwrap();
@@ -77,7 +77,7 @@ fn pair(stop: &AtomicBool) -> (Wire<'_>, Wire<'_>) {
     (wire(a), wire(b))
 }
 
-fn files(dir: &Path) -> Vec<PathBuf> {
+pub(super) fn files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
     let mut found: Vec<PathBuf> =
         entries.flat_map(|p| if p.is_dir() { files(&p) } else { vec![p] }).collect();
@@ -85,40 +85,40 @@ fn files(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn name(text: &str) -> WireName {
+pub(super) fn name(text: &str) -> WireName {
     WireName::of(text.as_ref()).unwrap()
 }
 
-fn disk() -> FolderPath {
+pub(super) fn disk() -> FolderPath {
     FolderPath::of(Path::new("sda")).unwrap()
 }
 
-fn image(image: &str, size: u64) -> Request {
+pub(super) fn image(image: &str, size: u64) -> Request {
     let modified = Modified { seconds: u64::MAX, nanos: u32::MAX };
     Request::Image { folder: disk(), name: name(image), size, modified, verify: true }
 }
 
 /// The kind of a refusal; `None` if it was done.
-fn answer(wire: &Wire) -> Option<Kind> {
+pub(super) fn answer(wire: &Wire) -> Option<Kind> {
     match wire.receive::<Answer>().unwrap() {
         Answer::Failed { kind, .. } => Some(kind),
         _ => None,
     }
 }
 
-fn hash(bytes: &[u8]) -> Option<String> {
+pub(super) fn hash(bytes: &[u8]) -> Option<String> {
     Some(blake3::hash(bytes).to_hex().to_string())
 }
 
 /// Sends an image whole; gives what is said of it.
-fn sends(wire: &Wire, to: &str, bytes: &[u8]) -> Option<Kind> {
+pub(super) fn sends(wire: &Wire, to: &str, bytes: &[u8]) -> Option<Kind> {
     wire.send(&image(to, bytes.len() as u64)).unwrap();
     wire.send_data(bytes).unwrap();
     wire.send(&Request::Part { blake3: hash(bytes) }).unwrap();
     answer(wire)
 }
 
-fn commits(wire: &Wire, manifest: Option<&str>, needs: Vec<Needed>) -> Option<Kind> {
+pub(super) fn commits(wire: &Wire, manifest: Option<&str>, needs: Vec<Needed>) -> Option<Kind> {
     wire.send(&Request::Commit { manifest: manifest.is_some(), needs }).unwrap();
     if let Some(text) = manifest {
         wire.send_frame(Frame::Whole(text.as_bytes().to_vec())).unwrap();
@@ -132,6 +132,11 @@ fn manifest(image: &str, parent: Option<&str>, size: usize) -> String {
         r#"{{"format_version": 1, "run": "r", "image": "{image}", "level": "inc", "time": 2, "parent": {parent},
         "format": "qcow2", "content": "dirty-only", "virtual_size": 1, "file_size": {size}}}"#
     )
+}
+
+/// The same manifest that says so of the ends of its image.
+fn with_fingerprint(manifest: &str, fingerprint: &str) -> String {
+    manifest.replacen('{', &format!(r#"{{"fingerprint": "{fingerprint}", "#), 1)
 }
 
 #[test]
@@ -187,11 +192,13 @@ fn a_manifest_is_its_images_own_and_what_it_builds_on_is_there() {
         let other = manifest("INC-3-sda", Some("FULL-1-sda"), 5000);
         let longer = manifest("INC-2-sda", None, 5001);
         let out = manifest("INC-2-sda", Some("../../outside/x"), 5000);
+        let printed = with_fingerprint(&manifest("INC-2-sda", None, 5000), &"0".repeat(32));
         for (text, needs, want) in [
             (&inc, Vec::new(), Kind::Incomplete),
             (&other, Vec::new(), Kind::Corrupt),
             (&longer, Vec::new(), Kind::Corrupt),
             (&out, Vec::new(), Kind::Corrupt),
+            (&printed, Vec::new(), Kind::Corrupt),
             (&"{".to_string(), Vec::new(), Kind::Corrupt),
             (&manifest("INC-2-sda", None, 5000), needs("x"), Kind::Incomplete),
         ] {
@@ -205,12 +212,19 @@ fn a_manifest_is_its_images_own_and_what_it_builds_on_is_there() {
         assert_eq!(commits(wire, Some(&inc), needs("another state")), Some(Kind::Changed));
         let own = crate::manifest::fingerprint(&target.root.join("sda/FULL-1-sda")).unwrap();
         assert_eq!(sends(wire, "INC-2-sda", &bytes), None);
+        let inc = with_fingerprint(&inc, &own);
         assert_eq!(commits(wire, Some(&inc), needs(&own)), None);
         // One that is there without: by its hash, and by no other.
-        for (blake3, want) in [(hash(b"other"), Some(Kind::Exists)), (hash(&bytes), None)] {
-            let (folder, name, blake3) = (disk(), name("FULL-1-sda"), blake3.unwrap());
+        let text = manifest("FULL-1-sda", None, 5000);
+        let printed = with_fingerprint(&text, &"0".repeat(32));
+        for (blake3, text, want) in [
+            (hash(b"other"), &text, Some(Kind::Exists)),
+            (hash(&bytes), &printed, Some(Kind::Corrupt)),
+            (hash(&bytes), &text, None),
+        ] {
+            let (folder, name, blake3, text) =
+                (disk(), name("FULL-1-sda"), blake3.unwrap(), text.clone());
             wire.send(&Request::Adopt { folder, name, blake3, needs: Vec::new() }).unwrap();
-            let text = manifest("FULL-1-sda", None, 5000);
             wire.send_frame(Frame::Whole(text.into_bytes())).unwrap();
             assert_eq!(answer(wire), want);
         }
@@ -321,10 +335,11 @@ fn sent_to(answers: &[Frame]) -> Result<super::report::Report> {
             }
         });
         let work = Work { cancel: &stop, progress: &(), workers: 1, rate: None };
-        let sent = send(&ours, &catalog, Options::default(), &work);
+        let (report, ended) = send(&ours, &catalog, Options::default(), &work);
         // It hears that there is nobody any more.
         drop(ours);
-        sent
+        assert!(ended.is_ok() || (report.sent, report.bytes) == (0, 0), "{report:?}");
+        ended.map(|()| report)
     })
 }
 
@@ -409,11 +424,14 @@ fn an_image_that_is_refused_while_it_is_sent_is_not_sent_to_its_end() {
             receiver.join().unwrap().unwrap();
             sent
         });
+        let (report, ended) = sent;
+        // It is told in any case.
+        assert_eq!((report.sent, report.left), (0, 1));
+        assert!(report.images[0].why.as_ref().is_some_and(|why| why.contains("no")), "{report:?}");
         match want {
-            Some(kind) => assert_eq!(sent.unwrap_err().kind(), kind),
+            Some(kind) => assert_eq!(ended.unwrap_err().kind(), kind),
             None => {
-                let report = sent.unwrap();
-                assert_eq!((report.sent, report.left), (0, 1));
+                ended.unwrap();
                 assert_eq!(report.pruned.map(|p| (p.points, p.bytes)), Some((2, 3)));
             }
         }

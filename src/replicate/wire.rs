@@ -1,7 +1,8 @@
 //! The way to the other side: frames over two descriptors, of pipes or a socket.
 //!
 //! Nothing waits for ever: a side from which no byte comes for [`SILENCE`], or that takes none, is given up. Whoever
-//! works for longer says so every now and then ([`Wire::busy`]). Both descriptors are set not to block.
+//! works for longer says so every now and then ([`Wire::busy`]); how long that helps is said in [`super::patience`].
+//! Both descriptors are set not to block.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -15,12 +16,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::message::{self, Frame, HEADER};
+use super::patience::Patience;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
 
 /// How long the other side may be silent: a disk that is waking up, or a network that is lost for a moment, takes
 /// less.
 const SILENCE: Duration = Duration::from_secs(120);
+/// How much longer than that the other side may take if it is not silent, and nothing comes of it: an hour.
+const PATIENCE: u32 = 30;
 /// How often within that time it is said that work goes on.
 const SIGNS: u32 = 8;
 /// The longest wait before a look at the stop flag.
@@ -32,6 +36,7 @@ pub(crate) struct Wire<'a> {
     output: Mutex<File>,
     stop: &'a AtomicBool,
     silence: Duration,
+    patience: Patience,
     /// What to call the other side in messages.
     peer: String,
 }
@@ -55,7 +60,19 @@ impl<'a> Wire<'a> {
         set.map_err(|e| Error::io(e.into(), "cannot use the connection"))?;
         let (input, output) = (File::from(input), Mutex::new(File::from(output)));
         let silence = failpoint::answer_timeout(SILENCE);
-        Ok(Wire { input, output, stop, silence, peer: peer.into() })
+        let patience = Patience::new(silence * PATIENCE);
+        Ok(Wire { input, output, stop, silence, patience, peer: peer.into() })
+    }
+
+    /// The same, with another measure for silence and for what nothing comes of.
+    #[cfg(test)]
+    pub(super) fn waiting_for(self, silence: Duration, whole: Duration) -> Self {
+        Wire { silence, patience: Patience::new(whole), ..self }
+    }
+
+    /// How long the other side is waited for, which whoever knows what comes of it changes.
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     /// Sends a message.
@@ -135,6 +152,13 @@ impl<'a> Wire<'a> {
 
     /// Does what takes long, and lets the other side know meanwhile.
     pub(crate) fn busy<T>(&self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = self.with_signs(work);
+        self.patience.forgive(start.elapsed());
+        result
+    }
+
+    fn with_signs<T>(&self, work: impl FnOnce() -> T) -> T {
         let (done, ended) = (Mutex::new(false), Condvar::new());
         let tell = || {
             let mut over = lock(&done);
@@ -162,6 +186,7 @@ impl<'a> Wire<'a> {
     fn frame(&self) -> Result<Frame> {
         // Also of one who never lets us wait.
         self.check_stop()?;
+        self.check_patience()?;
         let mut header = [0; HEADER];
         self.read(&mut header)?;
         let mut body = vec![0; Frame::length(header)?];
@@ -205,6 +230,7 @@ impl<'a> Wire<'a> {
         let end = Instant::now() + self.silence;
         loop {
             self.check_stop()?;
+            self.check_patience()?;
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let text = format!("{}: {silent} for {} s", self.peer, self.silence.as_secs());
@@ -212,7 +238,9 @@ impl<'a> Wire<'a> {
                     "check the connection, and run it again: it continues where it stopped",
                 ));
             }
-            if poll(file, what, left.min(SLICE)).map_err(|e| self.lost(e))? {
+            if poll(file, what, left.min(SLICE).min(self.patience.left()))
+                .map_err(|e| self.lost(e))?
+            {
                 return Ok(());
             }
         }
@@ -223,6 +251,18 @@ impl<'a> Wire<'a> {
             true => Err(Error::new(Kind::Interrupted, "interrupted")),
             false => Ok(()),
         }
+    }
+
+    fn check_patience(&self) -> Result<()> {
+        if !self.patience.left().is_zero() {
+            return Ok(());
+        }
+        let text = format!(
+            "{}: it is not silent, but for {} s nothing has come of it",
+            self.peer,
+            self.patience.whole().as_secs()
+        );
+        Err(Error::new(Kind::Timeout, text).remedy("see what it does there, and run it again"))
     }
 
     fn gone(&self) -> Error {
@@ -304,6 +344,44 @@ mod tests {
         // It takes nothing either: what fits is sent, and no more.
         let sent = std::iter::repeat_with(|| a.send_data(&[1; 65536])).find_map(Result::err);
         assert_eq!(sent.unwrap().kind(), Kind::Timeout);
+    }
+
+    #[test]
+    fn signs_of_work_and_single_bytes_are_not_waited_for_without_end() {
+        let stop = AtomicBool::new(false);
+        let tell_for_ever = |b: &Wire| while b.send_frame(Frame::Working).is_ok() {};
+        // A frame that never comes to its end, byte by byte.
+        let drip_for_ever = |b: &Wire| {
+            b.output().write_all(&message::header(b'F', 16 << 20)).unwrap();
+            while b.write(&b.output(), b"x").is_ok() {}
+        };
+        let ways: [&(dyn Fn(&Wire) + Sync); 2] = [&tell_for_ever, &drip_for_ever];
+        for (i, way) in ways.into_iter().enumerate() {
+            let (a, b) = pair(&stop);
+            let a = a.waiting_for(SILENCE, Duration::from_millis(200));
+            std::thread::scope(|scope| {
+                scope.spawn(|| way(&b));
+                let e = a.receive_frame().unwrap_err();
+                assert!(e.kind() == Kind::Timeout && e.report().contains("nothing"), "{i}: {e}");
+                // Nor by one who only looks whether there is something.
+                if i == 0 {
+                    let e = std::iter::repeat_with(|| a.waiting()).find_map(Result::err);
+                    assert_eq!(e.unwrap().kind(), Kind::Timeout);
+                }
+                drop(a);
+            });
+        }
+        // What takes us long is not the other side's, and the other side is waited for again when something came of it.
+        let (a, b) = pair(&stop);
+        let a = a.waiting_for(SILENCE, Duration::from_millis(50));
+        let start = Instant::now();
+        a.busy(|| {
+            while start.elapsed() < Duration::from_millis(200) {
+                std::thread::yield_now();
+            }
+        });
+        assert!(!a.patience().left().is_zero());
+        drop(b);
     }
 
     #[test]

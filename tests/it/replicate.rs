@@ -137,7 +137,7 @@ fn a_run_killed_at_any_step_leaves_whole_points_and_the_next_completes_it() {
     if !have("a_run_killed_at_any_step_leaves_whole_points_and_the_next_completes_it", &TOOLS) {
         return;
     }
-    let b = source(2, 4);
+    let b = source(2, 2);
     let mut killed = 0;
     for step in 1.. {
         let (_dir, to) = target();
@@ -149,17 +149,109 @@ fn a_run_killed_at_any_step_leaves_whole_points_and_the_next_completes_it() {
         }
         assert_eq!(out.status.code(), None, "{what}: {}", stderr(&out));
         killed += 1;
-        let there = |i: &usize| to.join("sda").join(b.name(*i)).exists();
-        b.check(&to, (0..b.files.len()).filter(there), &what);
-        let already = (0..b.files.len()).filter(there).count();
+        // As it is: each point has its manifest, and what has none yet is no point.
+        let listed = points(&to);
+        let manifest = |i: &usize| to.join("sda/.fleecefs").join(b.name(*i) + ".json").exists();
+        let there: Vec<usize> = (0..b.files.len()).filter(manifest).collect();
+        assert_eq!(listed, there.iter().map(|i| b.name(*i)).collect::<Vec<_>>(), "{what}");
+        if !there.is_empty() {
+            b.check(&to, there.iter().copied(), &what);
+            sound(&to, &what);
+        }
+        let named = |i: &usize| to.join("sda").join(b.name(*i)).exists();
+        let already = (0..b.files.len()).filter(named).count();
         let report = must(b.dir.path(), &to, &[]);
         assert_eq!(report["sent"], b.files.len() - already, "{what}: {report}");
         equal(b.dir.path(), &to, &what);
-        if step % 10 == 1 {
-            sound(&to, &what);
-        }
+        sound(&to, &what);
     }
-    assert_eq!(killed, 3 * b.files.len(), "received, named and committed, for each");
+    assert_eq!(killed, 4 * b.files.len(), "received, announced, named and committed, for each");
+}
+
+/// The names of all points that `list` shows, the oldest first.
+fn points(root: &Path) -> Vec<String> {
+    let mut list = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    let out = list.args(["list", "--json"]).arg(root).output().unwrap();
+    let listed: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let disks = listed["disks"].as_array().unwrap().iter();
+    let points = disks.flat_map(|d| d["points"].as_array().unwrap());
+    let name = |p: &Value| Path::new(p["file"].as_str()?).file_name()?.to_str().map(str::to_string);
+    points.map(|p| name(p).unwrap()).collect()
+}
+
+#[test]
+fn an_image_that_a_killed_run_has_named_is_finished_by_whoever_writes_next() {
+    let test = "an_image_that_a_killed_run_has_named_is_finished_by_whoever_writes_next";
+    if !have(test, &TOOLS) {
+        return;
+    }
+    let b = source(1, 1);
+    let (_dir, to) = target();
+    let mut run = replicate(b.dir.path(), &to, &[]);
+    let killed = run.env("FLEECEFS_CRASH_AT", "replicate: named").output().unwrap();
+    assert_eq!(killed.status.code(), None, "{}", stderr(&killed));
+    let side = to.join("sda/.fleecefs");
+    assert!(to.join("sda").join(b.name(0)).exists() && points(&to).is_empty());
+    succeed(&["prune", "--keep-last", "9"], &to);
+    let name = b.name(0) + ".json";
+    let text = |dir: &Path| std::fs::read(dir.join(&name)).unwrap();
+    assert!(text(&side) == text(&b.dir.path().join("sda/.fleecefs")));
+    assert_eq!(points(&to), [b.name(0)]);
+    sound(&to, "finished by prune");
+    assert_eq!(must(b.dir.path(), &to, &[])["sent"], 1);
+    equal(b.dir.path(), &to, "finished by prune");
+}
+
+#[test]
+fn what_was_copied_is_told_where_a_run_ends_before_its_end() {
+    let test = "what_was_copied_is_told_where_a_run_ends_before_its_end";
+    if !have(test, &TOOLS) || !is_root(test) {
+        return;
+    }
+    let says = |out: &Output| serde_json::from_slice::<Value>(&out.stdout).unwrap();
+    let b = source(1, 1);
+    let (dir, to) = target();
+    must(b.dir.path(), &to, &[]);
+    // The target's rules cannot be applied.
+    let aside = dir.path().join("aside");
+    std::fs::rename(to.join("sda").join(b.name(1)), &aside).unwrap();
+    std::fs::remove_file(to.join("sda/.fleecefs").join(b.name(1) + ".json")).unwrap();
+    std::fs::write(to.join(".fleecefs/live-restore-0a.json"), "{}").unwrap();
+    let run = |more: &[&str]| replicate(b.dir.path(), &to, more).output().unwrap();
+    let out = run(&["--keep-last", "9", "--json"]);
+    assert_eq!(code(&out), 6, "{}", stderr(&out));
+    let report = says(&out);
+    assert_eq!(
+        (&report["sent"], &report["error"]["kind"]),
+        (&1.into(), &"busy".into()),
+        "{report}"
+    );
+    let text = String::from_utf8(run(&["--keep-last", "9"]).stdout).unwrap();
+    assert!(text.contains("0 images sent"), "{text}");
+    // It is full after the first image, which is small.
+    let small = tempfile::tempdir().unwrap();
+    let source = tempfile::tempdir().unwrap();
+    for (disk, size) in [("a", 1 << 20), ("b", 8 << 20), ("c", 1 << 20)] {
+        std::fs::write(source.path().join(format!("{disk}.raw")), vec![7; size]).unwrap();
+    }
+    let _mount = guard::Guard::tmpfs("4M", small.path());
+    let full = |more: &[&str]| {
+        replicate(source.path(), &small.path().join("copy"), more).output().unwrap()
+    };
+    let out = full(&["--json"]);
+    assert_eq!(code(&out), 7, "{}", stderr(&out));
+    let report = says(&out);
+    let done = actions(&report);
+    assert_eq!((&*done["a.raw"], &*done["b.raw"], &*done["c.raw"]), ("sent", "left", "left"));
+    assert_eq!(
+        (&report["left"], &report["error"]["exit_code"]),
+        (&2.into(), &7.into()),
+        "{report}"
+    );
+    let out = full(&[]);
+    assert_eq!(code(&out), 7, "{}", stderr(&out));
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert!(text.contains("left   b.raw") && text.contains("the run ended before"), "{text}");
 }
 
 #[test]

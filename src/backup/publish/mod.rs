@@ -35,9 +35,12 @@ use crate::qemu_img::CheckResult;
 use crate::storage::{OpenFile, SourceFile};
 use crate::{folder, manifest, qemu_img};
 
+/// Ends the names of images that are no points yet.
+const PARTIAL: &str = ".partial";
+
 /// The name of an image that is not a point yet.
 pub(crate) fn partial_name(image: &str) -> String {
-    format!("{image}.partial")
+    format!("{image}{PARTIAL}")
 }
 
 /// Writes down what the image will be once it is complete.
@@ -96,11 +99,72 @@ fn drop_fleece(folder: &Folder, image: &str) {
 /// # Errors
 /// As [`manifest::read`].
 pub(crate) fn announced(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
-    let pending = manifest::read_in(folder, OsStr::new(&partial_name(image)))?;
-    Ok(pending.map(|mut m| {
-        m.image = image.to_string();
-        m
-    }))
+    let pending = pending(folder, image)?;
+    Ok(pending.map(|m| Manifest { image: image.to_string(), ..m }))
+}
+
+/// The announcement of `image` as it stands: of the `.partial`, or of the image itself if it came from elsewhere.
+fn pending(folder: &Folder, image: &str) -> Result<Option<Manifest>> {
+    let partial = partial_name(image);
+    let Some(text) = manifest::read_text(folder, OsStr::new(&partial))? else { return Ok(None) };
+    let path = manifest::manifest_path(folder.path(), OsStr::new(&partial));
+    let m = manifest::parse(&text).map_err(|e| e.at_path(&path))?;
+    match m.image == partial || m.image == image {
+        true => Ok(Some(m)),
+        false => Err(Error::new(Kind::Corrupt, "it announces another image").at_path(path)),
+    }
+}
+
+/// Announces an image that comes from elsewhere, whole: `text` is what its manifest will be, to the byte.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn announce_text(
+    folder: &Folder,
+    image: &OsStr,
+    text: &[u8],
+    share: FileMode,
+) -> Result<()> {
+    let name = manifest::announcement(image);
+    let side = side_folder(folder)?;
+    let written = share.give_folder(&side).and_then(|()| side.write_shared(&name, text, share));
+    written.map_err(|e| {
+        Error::io(e, "cannot write the announcement of the manifest").at_path(side.join(&name))
+    })
+}
+
+/// The last step for such an image, which has its name by now: the announcement becomes its manifest.
+///
+/// # Errors
+/// What the operating system said; there is a manifest already.
+pub(crate) fn commit_text(folder: &Folder, image: &OsStr) -> Result<()> {
+    let side = side_folder(folder)?;
+    let name = manifest::file_name(image);
+    let renamed = side.rename_new(manifest::announcement(image), &side, &name);
+    renamed
+        .and_then(|()| side.sync())
+        .map_err(|e| Error::io(e, "cannot rename the manifest").at_path(side.join(&name)))
+}
+
+/// Takes back what was announced for an image, if anything.
+///
+/// # Errors
+/// What the operating system said.
+pub(crate) fn withdraw(folder: &Folder, image: &OsStr) -> Result<()> {
+    let mut partial = image.to_os_string();
+    partial.push(PARTIAL);
+    manifest::remove_in(folder, &partial)
+}
+
+/// The last step for any image that has its name and was announced.
+///
+/// # Errors
+/// As [`commit`] and [`commit_text`].
+pub(crate) fn commit_announced(folder: &Folder, m: &Manifest) -> Result<()> {
+    match pending(folder, &m.image)?.is_some_and(|p| p.image == m.image) {
+        true => commit_text(folder, OsStr::new(&m.image)),
+        false => commit(folder, m),
+    }
 }
 
 /// Creates the empty image that the job will fill, for its owner and those with whom it is shared; so

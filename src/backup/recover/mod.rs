@@ -9,6 +9,7 @@
 
 mod context;
 mod guest;
+pub(crate) mod named;
 pub(crate) mod wait;
 
 pub use context::{RecoverCause, RecoverContext};
@@ -453,7 +454,7 @@ fn adopt(folder: &Folder, m: Manifest) -> Result<()> {
         return Err(Error::new(Kind::Unsound, "it changed after it was published").at_path(path));
     }
     publish::sync(folder)?;
-    publish::commit(folder, &m)
+    publish::commit_announced(folder, &m)
 }
 
 /// [`sweep`] of a target, or its folder of the month, and of each disk's folder in it.
@@ -496,11 +497,8 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             Ok(f) => f,
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
                 // Of one disk, and perhaps of a newer version: it must not stop the others.
-                watch.warn(&format!(
-                    "{} cannot be cleaned up and stays: {}",
-                    path_text(&image),
-                    e.report()
-                ));
+                let why = e.report();
+                watch.warn(&format!("{} cannot be cleaned up and stays: {why}", path_text(&image)));
                 continue;
             }
             Err(e) => return Err(e),

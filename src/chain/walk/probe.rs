@@ -19,7 +19,8 @@ use crate::manifest::Brief;
 use crate::storage::{Identity, ReadAt, SourceFile};
 use crate::{layer, manifest};
 
-type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
+/// A manifest, if there is one, or why it cannot be read.
+pub(in crate::chain) type ManifestResult = std::result::Result<Option<Arc<Brief>>, Finding>;
 
 /// What a scan found out about files, so that the next scan of the same directory looks only at
 /// what changed, and yields the same [`SourceFile`]s for what did not.

@@ -1,0 +1,133 @@
+//! How long the other side is waited for in all.
+//!
+//! Silence alone is no measure: whoever sends a byte, or a sign of work, every now and then is never silent, and could
+//! keep the target locked for ever. So there is an end by the clock besides, which nothing moves but what comes of the
+//! other side: bytes of an image, an image that became a file, an answer to what was asked. Work of known size is
+//! waited for as long as a slow disk takes for it. What we take ourselves does not count.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Bytes of an image per second below which a line counts as dead.
+const SLOWEST_LINE: u64 = 1 << 10;
+/// Bytes of a hole per second: what passes of it is five bytes, and the work is hashing its zeros.
+const SLOWEST_HOLE: u64 = 128 << 20;
+/// Bytes per second below which a disk counts as dead when a file is read for its hash.
+const SLOWEST_DISK: u64 = 8 << 20;
+/// What opening a file takes at most on a slow disk.
+const FILE: Duration = Duration::from_secs(1);
+
+/// The end by the clock.
+pub(super) struct Patience {
+    whole: Duration,
+    until: Mutex<Instant>,
+}
+
+impl Patience {
+    /// All of it begins now.
+    pub(super) fn new(whole: Duration) -> Self {
+        Patience { whole, until: Mutex::new(later(Instant::now(), whole)) }
+    }
+
+    /// How much is left; nothing if it is over.
+    pub(super) fn left(&self) -> Duration {
+        self.until().saturating_duration_since(Instant::now())
+    }
+
+    /// All of it.
+    pub(super) fn whole(&self) -> Duration {
+        self.whole
+    }
+
+    /// Something came of it: all of it begins anew.
+    pub(super) fn renew(&self) {
+        self.earn(self.whole);
+    }
+
+    /// So many bytes of an image went from one side to the other.
+    pub(super) fn moved(&self, bytes: u64) {
+        self.earn(time_for(bytes, SLOWEST_LINE));
+    }
+
+    /// The same of a hole of so many bytes.
+    pub(super) fn passed(&self, bytes: u64) {
+        self.earn(time_for(bytes, SLOWEST_HOLE));
+    }
+
+    /// The other side has to read `files` files of so many bytes all together.
+    pub(super) fn allow(&self, files: u32, bytes: u64) {
+        let time = FILE.saturating_mul(files).saturating_add(time_for(bytes, SLOWEST_DISK));
+        self.forgive(time);
+    }
+
+    /// So long it was us who were waited for.
+    pub(super) fn forgive(&self, time: Duration) {
+        let mut until = self.until();
+        *until = later(*until, time);
+    }
+
+    /// Later by `time`, but never by more than all of it from now: what was earned cannot be saved up.
+    fn earn(&self, time: Duration) {
+        let mut until = self.until();
+        let most = later(Instant::now(), self.whole);
+        *until = later(*until, time).min(most).max(*until);
+    }
+
+    fn until(&self) -> MutexGuard<'_, Instant> {
+        self.until.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn time_for(bytes: u64, per_second: u64) -> Duration {
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(per_second);
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
+/// The same time where there is none that is so late.
+fn later(at: Instant, time: Duration) -> Instant {
+    at.checked_add(time).unwrap_or(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn what_is_earned_is_never_more_than_all_of_it_and_what_is_allowed_comes_on_top() {
+        let p = Patience::new(HOUR);
+        for _ in 0..100 {
+            p.moved(1 << 40);
+            p.passed(u64::MAX);
+            p.renew();
+        }
+        assert!(p.left() <= HOUR && p.left() > HOUR / 2, "{:?}", p.left());
+        p.allow(0, 3600 * SLOWEST_DISK);
+        assert!(p.left() > HOUR + HOUR / 2 && p.left() <= 2 * HOUR, "{:?}", p.left());
+        // It is not taken away again.
+        p.moved(1);
+        assert!(p.left() > HOUR + HOUR / 2);
+        p.allow(u32::MAX, u64::MAX);
+        p.forgive(Duration::MAX);
+        p.allow(u32::MAX, u64::MAX);
+    }
+
+    #[test]
+    fn an_end_that_is_over_is_moved_by_what_came_alone() {
+        let p = Patience::new(Duration::ZERO);
+        assert_eq!(p.left(), Duration::ZERO);
+        p.renew();
+        p.moved(u64::MAX);
+        assert_eq!(p.left(), Duration::ZERO);
+        p.allow(3600, 0);
+        assert!(p.left() > HOUR / 2);
+    }
+
+    #[test]
+    fn a_slow_line_earns_as_much_as_it_takes() {
+        assert_eq!(time_for(4 << 10, SLOWEST_LINE), Duration::from_secs(4));
+        assert_eq!(time_for(1 << 30, SLOWEST_HOLE), Duration::from_secs(8));
+        assert!(time_for(1, SLOWEST_LINE) > Duration::ZERO);
+    }
+}
