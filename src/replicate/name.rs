@@ -178,7 +178,7 @@ pub(crate) fn may_be_received(name: &OsStr) -> bool {
     let bytes = name.as_bytes();
     name::is_image(name)
         && crate::manifest::has_room(name)
-        && PlainName::new(&crate::manifest::announcement(name)).is_ok()
+        && PlainName::new(crate::manifest::announcement(name)).is_ok()
         && !bytes.starts_with(b"config-")
         && !is_journal(bytes)
         && !bytes.iter().any(u8::is_ascii_control)
