@@ -354,8 +354,8 @@ fn another_backup_directory_and_a_folder_of_other_files_are_refused() {
     says(&home, 4, "letter");
     assert_eq!(std::fs::read_dir(&home).unwrap().count(), 1);
     says(&dir.path().join("no/such/folder"), 3, "mounted");
-    says(&b.dir.path().join("inside"), 2, "apart");
-    says(b.dir.path(), 2, "apart");
+    says(&b.dir.path().join("inside"), 2, "overlap");
+    says(b.dir.path(), 2, "overlap");
     let empty = dir.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
     let out = replicate(&empty, &dir.path().join("x"), &[]).output().unwrap();
