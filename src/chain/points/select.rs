@@ -311,7 +311,7 @@ mod tests {
             ("vm/sda/FUL-1-x", "vm/sda/FULL-1-x"),
             ("lastest", "latest"),
         ] {
-            assert!(said(wrong).contains(&format!("(did you mean {meant}? ")), "{}", said(wrong));
+            assert!(said(wrong).contains(&format!("(did you mean {meant}")), "{}", said(wrong));
         }
         assert!(!said("vm/xyz/a").contains("did you mean"), "{}", said("vm/xyz/a"));
         assert_eq!(c.did_you_mean(&c.disks[0], "lates"), "did you mean vm/sda.qcow2/latest? ");
