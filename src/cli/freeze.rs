@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 
 use crate::backup::{FreezeOptions, GuestCommands, StopMode};
 
@@ -31,11 +32,13 @@ pub(super) struct FreezeArgs {
 
     /// Run this command in the guest, by its agent, before its file systems are frozen: it makes an application's
     /// files consistent. The point counts as 'application' consistent if all succeeded
-    #[arg(long, value_name = "COMMAND", requires = "quiesce", conflicts_with = "pause")]
+    #[arg(long, value_name = "COMMAND", requires = "quiesce", conflicts_with = "pause",
+        value_parser = NonEmptyStringValueParser::new())]
     guest_before: Option<String>,
 
     /// Run this command in the guest after its file systems are thawed, also if the backup fails or is killed
-    #[arg(long, value_name = "COMMAND", requires = "quiesce", conflicts_with = "pause")]
+    #[arg(long, value_name = "COMMAND", requires = "quiesce", conflicts_with = "pause",
+        value_parser = NonEmptyStringValueParser::new())]
     guest_after: Option<String>,
 
     /// How long each of these commands may take, in seconds

@@ -58,7 +58,7 @@ impl Vm {
             }
         }
         for (key, setting) in defaults.iter().chain(own) {
-            let value = setting.value.map(|text| text.replace(VM, name));
+            let value = setting.value.map(|text| named(text, name));
             settings.insert(key.clone(), Setting { value, source: setting.source.clone() });
         }
         let options = keys.all().iter().filter_map(|key| {
@@ -299,6 +299,16 @@ fn key_of(arg: &str) -> String {
     long.get(..end).unwrap_or(long).replace('-', "_")
 }
 
+/// A text with the VM's name where `{vm}` stands; not where a shell's own `${vm}` does.
+fn named(text: &str, name: &str) -> String {
+    let mut parts = text.split(VM);
+    let first = parts.next().unwrap_or_default().to_string();
+    parts.fold(first, |done, part| {
+        let put = if done.ends_with('$') { VM } else { name };
+        done + put + part
+    })
+}
+
 /// Options that cannot be with images of a VM that is shut off.
 fn running_only(program: &Command) -> Vec<String> {
     let Some(backup) = program.find_subcommand("backup") else { return Vec::new() };
@@ -309,7 +319,7 @@ fn running_only(program: &Command) -> Vec<String> {
     let mut longs: Vec<String> =
         conflicts.iter().filter_map(|a| a.get_long()).map(str::to_string).collect();
     // What needs one of them.
-    longs.extend(["freeze".to_string()]);
+    longs.extend(["freeze", "guest-before", "guest-after"].map(str::to_string));
     longs
 }
 
@@ -322,5 +332,20 @@ fn written(key: &Key, value: &Value) -> Vec<OsString> {
         Value::Flag(false) | Value::Commands(_) => Vec::new(),
         Value::Text(text) => vec![one(text)],
         Value::List(list) => list.iter().map(one).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vms_name_stands_for_its_place_and_not_for_a_shells_variable() {
+        assert_eq!(named("/backups/{vm}/{vm}x", "web"), "/backups/web/webx");
+        assert_eq!(
+            named("for vm in a; do x ${vm} {vm}; done", "web"),
+            "for vm in a; do x ${vm} web; done"
+        );
+        assert_eq!(named("none", "web"), "none");
     }
 }

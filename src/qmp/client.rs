@@ -129,7 +129,7 @@ impl Client {
         let mut tries = 1;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let connected = Wire::connect(address, left, Limits::QEMU);
+            let connected = Wire::connect(address, left.max(BETWEEN_TRIES), Limits::QEMU);
             let mut wire = connected.map_err(|e| match e.kind() {
                 Kind::NotFound => e.remedy(
                     "is QEMU running, and is this the path in its -qmp unix:PATH,server=on,wait=off?",
@@ -485,7 +485,6 @@ impl Client {
     }
 }
 
-/// Reads the greeting. What QEMU was still answering to a client that died may come before it.
 /// What comes first on a connection.
 enum Greeting {
     Version(Version),
@@ -493,6 +492,7 @@ enum Greeting {
     Closed(Error),
 }
 
+/// Reads the greeting. What QEMU was still answering to a client that died may come before it.
 fn greeting(wire: &mut Wire, deadline: Instant) -> Result<Greeting> {
     let mut silent = true;
     loop {

@@ -1,7 +1,7 @@
 //! All disks of one run.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use crate::chain::{Catalog, Disk, manifest_of, missing_of_run, nearest};
@@ -9,6 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
 use crate::layout::Level;
+use crate::layout::name::{Name, parse};
 use crate::manifest;
 use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
@@ -341,6 +342,9 @@ fn names_of(all: &[RunPoint<'_>]) -> Vec<String> {
 /// The name of an image of one of these runs of which only the manifest is left.
 fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<String> {
     let folders: BTreeSet<&Path> = disk.points.iter().filter_map(|p| p.source.parent()).collect();
+    // A folder may have images of several disks.
+    let own: BTreeSet<_> =
+        disk.points.iter().filter_map(|p| disk_in(p.source.file_name()?)).collect();
     for dir in folders {
         let Ok(folder) = Folder::open(dir) else { continue };
         let side = folder.folder(manifest::FOLDER);
@@ -349,12 +353,24 @@ fn lost(disk: &Disk, runs: &BTreeSet<&str>) -> Option<String> {
                 continue;
             };
             let known = || manifest::read_in(&folder, OsStr::new(image)).ok().flatten();
-            if !folder.has(image) && known().is_some_and(|m| runs.contains(m.run.as_str())) {
+            let is_own = disk_in(OsStr::new(image)).is_some_and(|d| own.contains(&d));
+            if is_own
+                && !folder.has(image)
+                && known().is_some_and(|m| runs.contains(m.run.as_str()))
+            {
                 return Some(image.to_string());
             }
         }
     }
     None
+}
+
+/// The disk that is in an image's name.
+fn disk_in(image: &OsStr) -> Option<OsString> {
+    match parse(image) {
+        Name::Backup { disk, .. } => Some(disk),
+        _ => None,
+    }
 }
 
 /// What the guest's disk was when a point was made, as its manifest tells.

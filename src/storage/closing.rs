@@ -9,8 +9,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How many descriptors are about to be closed.
 pub(super) struct Closing {
-    count: Mutex<usize>,
+    state: Mutex<State>,
     fewer: Condvar,
+}
+
+struct State {
+    open: usize,
+    /// How often some were closed.
+    closed: u64,
 }
 
 /// Those of the process.
@@ -18,24 +24,35 @@ pub(super) static CLOSING: Closing = Closing::new();
 
 impl Closing {
     const fn new() -> Self {
-        Closing { count: Mutex::new(0), fewer: Condvar::new() }
+        Closing { state: Mutex::new(State { open: 0, closed: 0 }), fewer: Condvar::new() }
     }
 
-    fn count(&self) -> MutexGuard<'_, usize> {
-        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `is_enough` is true of their number, and not for ever; whether it is.
     pub(super) fn wait(&self, is_enough: impl Fn(usize) -> bool) -> bool {
-        let waited = self.fewer.wait_timeout_while(self.count(), PATIENCE, |n| !is_enough(*n));
-        let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        is_enough(*count)
+        self.wait_while(self.state(), |s| !is_enough(s.open))
+    }
+
+    /// Waits as long as `goes_on`, and not for ever; whether that is over.
+    fn wait_while(
+        &self,
+        state: MutexGuard<'_, State>,
+        mut goes_on: impl FnMut(&State) -> bool,
+    ) -> bool {
+        let waited = self.fewer.wait_timeout_while(state, PATIENCE, |s| goes_on(s));
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !goes_on(&state)
     }
 
     /// Waits until one of them is closed; `false` if there is none, or it takes too long.
     pub(super) fn wait_for_one(&self) -> bool {
-        let before = *self.count();
-        before > 0 && self.wait(|n| n < before)
+        let state = self.state();
+        let seen = state.closed;
+        // Not their number: others may take in as many as are closed.
+        state.open > 0 && self.wait_while(state, |s| s.closed == seen)
     }
 }
 
@@ -56,7 +73,7 @@ impl<T> Closed<T> {
     /// Takes in an open file.
     pub(super) fn push(&mut self, file: T) {
         self.files.push(file);
-        *self.of.count() += 1;
+        self.of.state().open += 1;
     }
 
     /// All of both.
@@ -74,10 +91,25 @@ impl<T> Drop for Closed<T> {
     fn drop(&mut self) {
         let closed = self.files.len();
         if closed > 0 {
+            let _counted = Counted { closed, of: self.of };
             self.files.clear();
-            *self.of.count() -= closed;
-            self.of.fewer.notify_all();
         }
+    }
+}
+
+/// Takes them off the count, also where closing one panics.
+struct Counted {
+    closed: usize,
+    of: &'static Closing,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut state = self.of.state();
+        state.open -= self.closed;
+        state.closed += 1;
+        drop(state);
+        self.of.fewer.notify_all();
     }
 }
 
@@ -97,7 +129,7 @@ mod tests {
         let mut more = Closed { files: Vec::new(), of };
         more.push("another");
         closed.append(more);
-        assert_eq!((closed.files.len(), *of.count()), (2, 2));
+        assert_eq!((closed.files.len(), of.state().open), (2, 2));
 
         let (asked, was_asked) = channel();
         static DONE: AtomicBool = AtomicBool::new(false);
@@ -116,5 +148,19 @@ mod tests {
         assert!(of.wait(enough) && DONE.load(Ordering::SeqCst));
         closes.join().unwrap();
         assert!(!of.wait_for_one(), "there is nothing to wait for");
+
+        // As many come as go: one was closed all the same.
+        let mut first = Closed { files: Vec::new(), of };
+        first.push("one");
+        let waits = std::thread::scope(|s| {
+            let waits = s.spawn(|| of.wait_for_one());
+            while !waits.is_finished() {
+                let mut next = Closed { files: Vec::new(), of };
+                next.push("another");
+                drop(std::mem::replace(&mut first, next));
+            }
+            waits.join().unwrap()
+        });
+        assert!(waits);
     }
 }

@@ -29,6 +29,12 @@ fn commands_in_the_guest_round_the_freeze_point() {
     both.with(&["--strict"]).must("inc");
     assert_eq!(log(), "before\nafter\n");
 
+    // What stays in the guest, and lets go of its output, is not waited for.
+    let staying = commands("sleep 1000 >/dev/null 2>&1 &", "true");
+    staying.must("inc");
+    assert_eq!(log(), "before\nafter\n");
+    assert_eq!(consistency(&staying)["achieved"], "application");
+
     // One that fails, one that takes too long, and one after that fails: the point is one of frozen file systems.
     let failing = commands("echo no lock >&2; exit 3", "true");
     let late = commands("sleep 1000", "true").with(&["--guest-timeout", "1"]);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::backup::GuestCommands;
 use crate::backup::state::journal::AfterCommand;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
 use crate::qmp::agent::Agent;
 use crate::qmp::budget::clip;
@@ -21,23 +21,35 @@ pub(super) fn wanted(commands: &GuestCommands) -> Option<AfterCommand> {
     commands.after.clone().map(|command| AfterCommand { command, timeout })
 }
 
-/// Runs the command that has to be run after it, unless, once the agent answers, another has: `None` then. What is
-/// wrong with it, in words, where it was run: that is done then.
+/// The command was run. While this lives no other client of the agent can run it: write down that it was, first.
+pub(crate) struct Done {
+    /// What is wrong with it, in words.
+    pub verdict: std::result::Result<(), String>,
+    _agent: Agent,
+}
+
+/// Runs the command that has to be run after it, unless, once the agent answers, another has: `None` then. It is waited
+/// for as long as it may take, or as long as `may_wait`.
 ///
 /// # Errors
-/// The agent cannot be reached: it has to be tried again.
+/// The agent cannot be reached, or does not run commands now (a frozen one does not): it has to be tried again.
 pub(crate) fn run(
     agent: &Address,
     after: &AfterCommand,
     is_done: impl Fn() -> bool,
-) -> Result<Option<std::result::Result<(), String>>> {
+    may_wait: impl Fn() -> bool,
+) -> Result<Option<Done>> {
     let mut agent = Agent::connect(agent, AGENT)?;
     if is_done() {
         return Ok(None);
     }
     let deadline = Instant::now() + Duration::from_secs(after.timeout);
-    let ran = guest_command::run(&mut agent, &after.command, deadline, || true)?;
-    Ok(Some(told(Ok(ran))))
+    match guest_command::run(&mut agent, &after.command, deadline, may_wait)? {
+        ran @ Ran::Refused(_) => {
+            Err(Error::new(Kind::Busy, ran.verdict().err().unwrap_or_default()))
+        }
+        ran => Ok(Some(Done { verdict: told(Ok(ran)), _agent: agent })),
+    }
 }
 
 /// What is wrong with a command that was run, and the last that it said.

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::failpoint::step;
 use crate::manifest::{Achieved, Consistency};
 use crate::qmp::agent::Agent;
-use crate::qmp::guest_command;
+use crate::qmp::guest_command::{self, Ran};
 
 /// Where the commands of a run stand.
 #[derive(Debug, Default)]
@@ -35,7 +35,7 @@ pub(super) struct Commands {
 /// watchdog undoes it.
 pub(super) fn before(
     context: &mut FreezeContext<'_>,
-    watchdog: Option<&mut Watchdog>,
+    mut watchdog: Option<&mut Watchdog>,
 ) -> Result<Commands> {
     let wanted = context.options.freeze_point.commands.clone();
     let mut commands =
@@ -53,7 +53,8 @@ pub(super) fn before(
         }
     };
     if let Some(after) = after::wanted(&wanted) {
-        announce(context, watchdog, Record::GuestCommand(after.clone()), Message::Command)?;
+        let record = Record::GuestCommand(after.clone());
+        announce(context, watchdog.as_deref_mut(), record, Message::Command)?;
         commands.after = Some(after);
     }
     let Some(command) = &wanted.before else { return Ok(commands) };
@@ -62,6 +63,10 @@ pub(super) fn before(
     let ran = guest_command::run(&mut agent, command, deadline, may_wait);
     step("ran the guest's command");
     context.client.check_interrupt()?;
+    if matches!(ran, Ok(Ran::Refused(_))) && commands.after.take().is_some() {
+        // Nothing was begun, and the other would be refused as well.
+        withdraw(context, watchdog, Record::GuestCommandDone, Message::CommandDone)?;
+    }
     match told(ran) {
         Ok(()) => context.watch.say("ran the command of --guest-before in the guest"),
         Err(why) => commands.failed(context, why),
@@ -89,24 +94,32 @@ impl Commands {
         let (Some(after), Some(address)) = (self.after.take(), &context.options.agent) else {
             return Ok(true);
         };
-        match after::run(address, &after, || false) {
+        let may_wait = || context.client.check_interrupt().is_ok();
+        let done = match after::run(address, &after, || false, may_wait) {
             Err(e) => {
                 let why = format!("--guest-after: {}; the watchdog keeps trying", e.report());
                 context.watch.warn(&why);
                 self.failed.get_or_insert(why);
                 return Ok(false);
             }
-            Ok(Some(Err(why))) => {
+            Ok(done) => done,
+        };
+        withdraw(context, watchdog, Record::GuestCommandDone, Message::CommandDone)?;
+        match done.map_or(Ok(()), |done| done.verdict) {
+            Ok(()) => context.watch.say("ran the command of --guest-after in the guest"),
+            Err(why) => {
                 let why = format!("--guest-after: {why}");
                 context.watch.warn(&why);
                 self.failed.get_or_insert(why);
             }
-            Ok(None | Some(Ok(()))) => {
-                context.watch.say("ran the command of --guest-after in the guest")
-            }
         }
-        withdraw(context, watchdog, Record::GuestCommandDone, Message::CommandDone)?;
         Ok(true)
+    }
+
+    /// The guest is still frozen: what has to be run then is left to the watchdog.
+    pub(super) fn unfinished(&mut self) {
+        let why = || "the guest did not thaw in time; the watchdog keeps trying".into();
+        self.failed.get_or_insert_with(why);
     }
 
     /// What a point of frozen file systems is with this: whether it is consistent for the application, and else why not.

@@ -144,7 +144,14 @@ fn release_guest(
         Some(a) => thaw_guest(context, Some(&mut watchdog), a, consistency)?,
         None => true,
     };
-    if thawed && commands.after(context, Some(&mut watchdog))? {
+    let done = match thawed {
+        true => commands.after(context, Some(&mut watchdog))?,
+        false => {
+            commands.unfinished();
+            false
+        }
+    };
+    if done {
         watchdog.stop();
     } else {
         watchdog.leave();

@@ -344,18 +344,21 @@ fn release_guest(config: &WatchdogConfig, guest: GuestState) -> Result<()> {
 /// Runs the command that has to be run after the freeze point. What it ended with is told, and no reason to run
 /// it again.
 fn run_after(config: &WatchdogConfig, agent: &Address, after: &AfterCommand) -> Result<()> {
-    let over = || !is_ours(config, |p| p.after.is_some());
+    // It stands in the journal before the first is begun: with no journal all is done.
+    let over = || match journal::read(&config.journal) {
+        Ok(pending) => !pending.is_some_and(|p| p.run == config.run && p.after.is_some()),
+        Err(_) => false,
+    };
     let run = || {
-        if let Some(Err(why)) = after::run(agent, after, over)? {
-            log::error!("watchdog: --guest-after: {why}");
+        if let Some(done) = after::run(agent, after, over, || true)? {
+            note(config, Record::GuestCommandRun(config.run.clone()));
+            if let Err(why) = &done.verdict {
+                log::error!("watchdog: --guest-after: {why}");
+            }
         }
         Ok(())
     };
-    let ran = retry(RETRY, run, over, || is_gone(config, agent));
-    if ran.is_ok() {
-        note(config, Record::GuestCommandRun(config.run.clone()));
-    }
-    ran
+    retry(RETRY, run, over, || is_gone(config, agent))
 }
 
 /// The guest is helped whether or not that can be written down.

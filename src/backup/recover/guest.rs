@@ -1,16 +1,18 @@
 //! What a run did to the guest is undone: it runs, is thawed, and its application goes on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::context::{RecoverCause, RecoverContext};
 use crate::backup::Watch;
 use crate::backup::freeze::after;
 use crate::backup::freeze::watchdog::continue_if_paused;
-use crate::backup::state::journal::{self, Pending};
-use crate::error::{Error, Result};
+use crate::backup::state::journal::{self, Pending, Record};
+use crate::error::{Error, Kind, Result};
 use crate::qmp::agent::Agent;
 use crate::qmp::{Address, Client};
 
+/// How long the agent may take for an answer.
+const AGENT: Duration = Duration::from_secs(5);
 /// Where its agent could not be reached.
 const AGENT_REMEDY: &str = "check the guest and its agent, then run fleecefs recover: with --agent if its socket has \
                             changed, with --forget to give up";
@@ -72,10 +74,24 @@ fn finish_in_guest(
         let now = journal::pending(place.state, place.vm);
         now.is_ok_and(|p| p.is_some_and(|p| p.run == pending.run && p.after.is_none()))
     };
-    match after::run(agent, command, is_done) {
+    // The watchdog may be at it, and has the agent for so long.
+    let end = Instant::now() + Duration::from_secs(command.timeout) + AGENT;
+    let done = loop {
+        match after::run(agent, command, is_done, || true) {
+            Err(e) if e.kind() == Kind::Timeout && Instant::now() < end && !is_done() => {}
+            other => break other,
+        }
+    };
+    match done {
         Ok(None) => {}
-        Ok(Some(Ok(()))) => watch.say("ran the command of --guest-after in the guest"),
-        Ok(Some(Err(why))) => watch.warn(&format!("--guest-after: {why}")),
+        Ok(Some(done)) => {
+            let path = journal::path(place.state, place.vm);
+            journal::note(&path, &pending.run, &Record::GuestCommandRun(pending.run.clone()))?;
+            match &done.verdict {
+                Ok(()) => watch.say("ran the command of --guest-after in the guest"),
+                Err(why) => watch.warn(&format!("--guest-after: {why}")),
+            }
+        }
         Err(e) if place.cause == RecoverCause::Forget => {
             watch.warn(&format!("--guest-after was not run in the guest: {}", e.report()));
         }
@@ -89,11 +105,10 @@ fn finish_in_guest(
 
 /// Thaws a guest; whether it was frozen.
 fn thaw(agent: &Address) -> Result<bool> {
-    let wait = Duration::from_secs(5);
-    let mut agent = Agent::connect(agent, wait)?;
-    let frozen = agent.is_frozen(wait)?;
+    let mut agent = Agent::connect(agent, AGENT)?;
+    let frozen = agent.is_frozen(AGENT)?;
     if frozen {
-        agent.thaw(wait)?;
+        agent.thaw(AGENT)?;
     }
     Ok(frozen)
 }

@@ -78,7 +78,9 @@ impl FileEntry {
             (Reading::Undecided(finding), _) | (_, Content::Bad(finding)) => Some(finding.clone()),
             (_, Content::Foreign(what)) => {
                 let error = Error::new(Kind::Unsupported, *what).at_path(&self.path);
-                let remedy = match self.is_malformed() {
+                // Of one that is named qcow2 nobody's word is asked.
+                let name = self.path.file_name().unwrap_or_default();
+                let remedy = match self.is_malformed() && promise(name) != Promise::Qcow2 {
                     true => format!("{UNPACK}; or, {DECIDE_RAW}"),
                     false => UNPACK.into(),
                 };
