@@ -11,7 +11,7 @@ use super::after::{self, told};
 use super::context::{FreezeContext, announce, withdraw};
 use super::watchdog::{Message, Watchdog};
 use crate::backup::state::journal::{AfterCommand, Record};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::failpoint::step;
 use crate::manifest::{Achieved, Consistency};
 use crate::qmp::agent::Agent;
@@ -26,6 +26,8 @@ pub(super) struct Commands {
     failed: Option<String>,
     /// Whether there are any.
     any: bool,
+    /// The agent says that it has not run the one before.
+    refused: bool,
 }
 
 /// Runs the command before the freeze point. Where it fails that is told, and the backup goes on.
@@ -35,7 +37,7 @@ pub(super) struct Commands {
 /// watchdog undoes it.
 pub(super) fn before(
     context: &mut FreezeContext<'_>,
-    mut watchdog: Option<&mut Watchdog>,
+    watchdog: Option<&mut Watchdog>,
 ) -> Result<Commands> {
     let wanted = context.options.freeze_point.commands.clone();
     let mut commands =
@@ -54,7 +56,7 @@ pub(super) fn before(
     };
     if let Some(after) = after::wanted(&wanted) {
         let record = Record::GuestCommand(after.clone());
-        announce(context, watchdog.as_deref_mut(), record, Message::Command)?;
+        announce(context, watchdog, record, Message::Command)?;
         commands.after = Some(after);
     }
     let Some(command) = &wanted.before else { return Ok(commands) };
@@ -63,10 +65,7 @@ pub(super) fn before(
     let ran = guest_command::run(&mut agent, command, deadline, may_wait);
     step("ran the guest's command");
     context.client.check_interrupt()?;
-    if matches!(ran, Ok(Ran::Refused(_))) && commands.after.take().is_some() {
-        // Nothing was begun, and the other would be refused as well.
-        withdraw(context, watchdog, Record::GuestCommandDone, Message::CommandDone)?;
-    }
+    commands.refused = matches!(ran, Ok(Ran::Refused(_)));
     match told(ran) {
         Ok(()) => context.watch.say("ran the command of --guest-before in the guest"),
         Err(why) => commands.failed(context, why),
@@ -96,6 +95,8 @@ impl Commands {
         };
         let may_wait = || context.client.check_interrupt().is_ok();
         let done = match after::run(address, &after, || false, may_wait) {
+            // This agent runs no commands at all; that was told.
+            Err(e) if e.kind() == Kind::Busy && self.refused => None,
             Err(e) => {
                 let why = format!("--guest-after: {}; the watchdog keeps trying", e.report());
                 context.watch.warn(&why);
@@ -106,6 +107,7 @@ impl Commands {
         };
         withdraw(context, watchdog, Record::GuestCommandDone, Message::CommandDone)?;
         match done.map_or(Ok(()), |done| done.verdict) {
+            Ok(()) if self.refused => {}
             Ok(()) => context.watch.say("ran the command of --guest-after in the guest"),
             Err(why) => {
                 let why = format!("--guest-after: {why}");
