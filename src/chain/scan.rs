@@ -53,6 +53,9 @@ pub struct ScanOptions {
     pub salvage: bool,
 }
 
+/// What is said of an image that is announced and has no manifest yet.
+pub(crate) const AT_ITS_END: &str = "it has no manifest yet, and is no point until then: a backup is at its end, or was interrupted there";
+
 #[cfg(test)]
 thread_local! {
     /// How many times a thread has scanned a directory.
@@ -279,11 +282,9 @@ impl Walk<'_> {
             // The announcement goes when the manifest is there, which may have been just now.
             Ok(false) => (self.cache.manifest(path, side, self.previous), true),
             Ok(true) => {
-                let what = "it has no manifest yet, and is no point until then: a backup is at its end, or was \
-                            interrupted there";
                 let remedy =
                     "'fleecefs recover', or the next command that writes there, finishes it";
-                let finding = Finding::warning(Kind::Incomplete, path, what);
+                let finding = Finding::warning(Kind::Incomplete, path, AT_ITS_END);
                 let remedy = Some(remedy.into());
                 self.unfinished.push(Finding { severity: Severity::Note, remedy, ..finding });
                 (Ok(None), false)

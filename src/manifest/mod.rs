@@ -31,7 +31,7 @@ use crate::layout::{Level, name};
 /// The folder, beside the images, that holds the manifests. qmprestore ignores folders.
 pub const FOLDER: &str = ".fleecefs";
 /// Ends the names of announcements.
-const ANNOUNCED: &str = ".partial.json";
+pub(crate) const ANNOUNCED: &str = ".partial.json";
 
 /// How the names of files that are not yet complete begin in that folder. Under the folder's lock
 /// they are what a killed run left.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::backup::publish;
 use crate::error::{Error, Kind, Result};
 use crate::folder::PlainName;
 use crate::layout::name;
@@ -152,7 +153,7 @@ impl SmallKind {
             SmallKind::Id => bytes == b"uuid",
             SmallKind::DiskConfig => bytes.ends_with(b".config") && !bytes.starts_with(b"."),
             SmallKind::Link => bytes == b"image" || name::parse_link(name).is_some(),
-            SmallKind::Kept => bytes.starts_with(b"config-") && !is_journal(bytes),
+            SmallKind::Kept => bytes.starts_with(b"config-") && !publish::is_acted_on(bytes),
         }
     }
 
@@ -167,11 +168,6 @@ impl SmallKind {
     }
 }
 
-/// Whether a file beside the manifests would be taken for a journal or a saved header by its name.
-fn is_journal(name: &[u8]) -> bool {
-    [&b".header"[..], b".journal", b".partial"].iter().any(|end| name.ends_with(end))
-}
-
 /// Whether a receiver takes an image of this name: what it leaves must mean an image and its manifest, and nothing
 /// else, to whoever comes next. A manifest in the place of a journal would be carried out.
 pub(crate) fn may_be_received(name: &OsStr) -> bool {
@@ -180,7 +176,7 @@ pub(crate) fn may_be_received(name: &OsStr) -> bool {
         && crate::manifest::has_room(name)
         && PlainName::new(crate::manifest::announcement(name)).is_ok()
         && !bytes.starts_with(b"config-")
-        && !is_journal(bytes)
+        && !publish::is_acted_on(bytes)
         && !bytes.iter().any(u8::is_ascii_control)
 }
 
@@ -252,7 +248,11 @@ mod tests {
             assert_eq!(of(name, link), None, "{name}");
         }
         assert!(SmallKind::Kept.has(OsStr::new("config-1-0-vm.xml")));
-        assert!(!SmallKind::Kept.has(OsStr::new("config-x.header")));
+        // What a backup or a recovery does something about, and in the end removes what it names.
+        for end in ["header", "journal", "partial", "partial.json", "fleece", "partial.fleece"] {
+            let name = format!("config-web.tar.gz.{end}");
+            assert!(!SmallKind::Kept.has(OsStr::new(&name)), "{name}");
+        }
         assert!(!SmallKind::Kept.has(OsStr::new("lock")) && !is_known(OsStr::new("x.partial")));
     }
 }

@@ -44,6 +44,8 @@ struct Receiver<'a, 'b> {
     lost: u32,
     /// Files of ours that the sender was told to compare with its own: it gets the time for each once.
     looked: HashSet<(FolderPath, WireName)>,
+    /// Images of ours that were read since the sender has their manifest: that is done once.
+    adopted: HashSet<(FolderPath, WireName)>,
 }
 
 /// Answers until the sender has said its last word.
@@ -63,8 +65,8 @@ pub(crate) fn serve(wire: &Wire, place: &mut dyn Place) -> Result<()> {
         Err(e) => return wire.send(&Answer::failed(&e)),
     };
     wire.send(&Answer::Hello { version: VERSION, program: program_name() })?;
-    let (whole, lost, looked) = (None, 0, HashSet::new());
-    let mut receiver = Receiver { wire, store, dry_run, whole, lost, looked };
+    let (looked, adopted) = (HashSet::new(), HashSet::new());
+    let mut receiver = Receiver { wire, store, dry_run, whole: None, lost: 0, looked, adopted };
     loop {
         match wire.receive()? {
             Request::Bye => break,
@@ -116,14 +118,7 @@ impl Receiver<'_, '_> {
             }
             Request::Adopt { folder, name, blake3, needs } => {
                 let manifest = self.wire.receive_whole()?;
-                let adopt = || {
-                    check_few(&needs)?;
-                    self.check_lost()?;
-                    self.store()?.adopt((&folder, &name), &blake3, &manifest, &needs)
-                };
-                let adopted = self.wire.busy(adopt);
-                self.ended(adopted.is_ok());
-                adopted.map(|()| Answer::Done)
+                self.adopt((folder, name), &blake3, &manifest, &needs).map(|()| Answer::Done)
             }
             Request::Small { folder, kind, name } => {
                 let bytes = self.wire.receive_whole()?;
@@ -183,6 +178,29 @@ impl Receiver<'_, '_> {
         }
     }
 
+    /// Gives an image that is there its manifest. Where that comes to nothing, or was done before, no time is earned.
+    fn adopt(
+        &mut self,
+        place: (FolderPath, WireName),
+        blake3: &str,
+        manifest: &[u8],
+        needs: &[Needed],
+    ) -> Result<()> {
+        self.check_lost()?;
+        check_few(needs)?;
+        if self.adopted.contains(&place) {
+            let what = "this image was asked for before in this run: it is not read again";
+            self.ended(false);
+            return Err(Error::new(Kind::Unsupported, what).at_path(place.1.as_os_str()));
+        }
+        let stop = || self.wire.check_stop();
+        let adopt = |s: &Store| s.adopt((&place.0, &place.1), blake3, manifest, needs, &stop);
+        let adopted = self.wire.busy(|| self.store().and_then(adopt));
+        self.adopted.insert(place);
+        self.ended(matches!(adopted, Ok(true)));
+        adopted.map(drop)
+    }
+
     /// Takes an image's bytes to their end; those of one that failed are passed over.
     fn image(&mut self, begun: Result<Incoming>, verify: bool) -> Result<()> {
         if self.whole.take().is_some() {
@@ -208,6 +226,8 @@ impl Receiver<'_, '_> {
                 (Frame::Data(_) | Frame::Hole(_), None) => Ok(()),
                 _ => break frame,
             };
+            // Hashing the zeros of many holes takes long.
+            self.wire.sign()?;
             if let Err(e) = taken {
                 incoming = None;
                 self.ended(false);
@@ -236,7 +256,8 @@ impl Receiver<'_, '_> {
             self.ended(false);
             return self.wire.send(&Answer::Done);
         };
-        let answer = match self.wire.busy(|| incoming.complete(&blake3, verify)) {
+        let stop = || self.wire.check_stop();
+        let answer = match self.wire.busy(|| incoming.complete(&blake3, verify, &stop)) {
             Ok(whole) => {
                 self.whole = Some(whole);
                 Answer::Done

@@ -18,7 +18,7 @@ use super::source::{Item, SmallFile, Source, SourceManifest, small_bytes, small_
 use super::wire::Wire;
 use crate::chain;
 use crate::chain::Catalog;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Finding, Kind, Result};
 use crate::hash;
 use crate::hash::Holes;
 use crate::job::Work;
@@ -71,6 +71,9 @@ pub(crate) fn send(
 ) -> (Report, Result<()>) {
     let Source { items, refused } = Source::of(catalog);
     let mut report = Report { dry_run: options.dry_run, ..Report::default() };
+    for unfinished in unfinished(catalog) {
+        log::warn!("not replicated: {unfinished}");
+    }
     let sender = Sender { wire, catalog, items: &items, options, work };
     let ended = sender.all(refused, &mut report);
     (report, ended)
@@ -399,6 +402,7 @@ impl Sender<'_, '_> {
                 self.wire.send_frame(message::Frame::Hole(len)).map_err(Trouble::Session)?;
                 self.wire.patience().passed(len);
                 self.work.progress.advance(len);
+                self.work.check().map_err(Trouble::Session)?;
                 at += len;
                 continue;
             }
@@ -504,6 +508,11 @@ impl Sender<'_, '_> {
         }
         Ok(())
     }
+}
+
+/// What the scan found of images that are announced and have no manifest yet: they are no points, and in no report.
+pub(super) fn unfinished(catalog: &Catalog) -> impl Iterator<Item = &Finding> {
+    catalog.findings.iter().filter(|f| f.message == chain::scan::AT_ITS_END)
 }
 
 /// The hash, if the manifest has no other.

@@ -19,6 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
 use crate::folder::{self, FileMode, Folder, PlainName, Replace, Temp};
 use crate::hash;
+use crate::hash::Check;
 use crate::manifest::{self, fingerprint_of};
 use crate::storage::SourceFile;
 
@@ -121,6 +122,7 @@ impl Store {
         if folder.has(name.as_os_str()) {
             return Err(Error::new(Kind::Exists, "this file is there already").at_path(path));
         }
+        check_no_partial(&folder, name.as_os_str())?;
         let failed = |e| Error::io(e, "cannot make the file").at_path(&path);
         // What a killed run left where files need names.
         folder::sweep(&folder, &[]).map_err(failed)?;
@@ -132,17 +134,19 @@ impl Store {
         Ok(Incoming { temp, name, path, size, at: 0, hasher, modified, folder })
     }
 
-    /// Gives an image that is there without a manifest the one that its bytes are proved to have.
+    /// Gives an image that is there without a manifest the one that its bytes are proved to have; whether that was not
+    /// there yet. `stop` is asked while all of it is read.
     ///
     /// # Errors
-    /// `Exists` if it is another image; as [`Incoming::commit`].
+    /// `Exists` if it is another image; what `stop` says; as [`Store::commit`].
     pub(crate) fn adopt(
         &self,
         (folder, name): (&FolderPath, &WireName),
         blake3: &str,
         manifest: &[u8],
         needs: &[Needed],
-    ) -> Result<()> {
+        stop: &Check,
+    ) -> Result<bool> {
         if !may_be_received(name.as_os_str()) {
             return Err(refused(name));
         }
@@ -150,7 +154,8 @@ impl Store {
         let open = self.folder(folder)?.ok_or_else(missing)?;
         let text = name.as_os_str().to_str().ok_or_else(|| refused(name))?;
         let file = SourceFile::open_in(&open, text)?;
-        let own = hash::whole_with(&file, 1, &(), &|| Ok(()))?;
+        check_no_partial(&open, name.as_os_str())?;
+        let own = hash::whole_with(&file, 1, &(), stop)?;
         if own != blake3 {
             return Err(
                 Error::new(Kind::Exists, "another file has this name").at_path(open.join(text))
@@ -160,7 +165,8 @@ impl Store {
         check_manifest(manifest, name.as_os_str(), &opened, blake3, &open)?;
         self.check_needs(needs)?;
         let side = self.side(&open)?;
-        if !has_manifest(&side, name.as_os_str(), manifest)? {
+        let is_new = !has_manifest(&side, name.as_os_str(), manifest)?;
+        if is_new {
             let written =
                 side.write_shared(manifest::file_name(name.as_os_str()), manifest, self.share);
             written.map_err(|e| {
@@ -170,7 +176,8 @@ impl Store {
         }
         step("replicate: adopted");
         // What a run that was killed had announced, if it did.
-        publish::withdraw(&open, name.as_os_str())
+        publish::withdraw(&open, name.as_os_str())?;
+        Ok(is_new)
     }
 
     /// The complete image gets its name, then its manifest: until then it is no point.
@@ -193,10 +200,11 @@ impl Store {
         step("replicate: received");
         let is_announced = self.announce(&folder, &name, manifest)?;
         step("replicate: announced");
+        let failed = |e| Error::io(e, "cannot give the file its name").at_path(&path);
+        let file = temp.file().try_clone().map_err(failed)?;
         if let Err(e) = temp.publish(&name, Replace::No) {
-            // It is about no image then.
-            publish::withdraw(&folder, &name)?;
-            return Err(Error::io(e, "cannot give the file its name").at_path(&path));
+            withdraw_unnamed(&folder, &name, &file)?;
+            return Err(failed(e));
         }
         step("replicate: named");
         if is_announced {
@@ -208,6 +216,7 @@ impl Store {
 
     /// Announces the manifest of an image that has yet to get its name; whether that is needed.
     fn announce(&self, folder: &Folder, image: &OsStr, manifest: Option<&[u8]>) -> Result<bool> {
+        check_no_partial(folder, image)?;
         // One that a killed run left would be taken for this image's.
         publish::withdraw(folder, image)?;
         let side = folder::absent_is_none(folder.folder(manifest::FOLDER));
@@ -278,6 +287,11 @@ impl Store {
             SmallKind::Id => self.check_id_text(bytes)?,
             SmallKind::DiskConfig | SmallKind::Kept => {}
         }
+        let is_of = |image| kind == SmallKind::Kept && folder.has(image);
+        if manifest::image_of(name).is_some_and(is_of) {
+            let what = "it would be taken for the manifest of a file that is there";
+            return Err(Error::new(Kind::Unsupported, what).at_path(folder.join(name)));
+        }
         let folder = if kind == SmallKind::Kept { self.side(&folder)? } else { folder };
         let path = folder.join(name);
         let failed = |e| Error::io(e, "cannot write the file").at_path(&path);
@@ -296,6 +310,28 @@ impl Store {
             true => Ok(()),
             false => Err(Error::new(Kind::Corrupt, "the id of the backup directory is no text")),
         }
+    }
+}
+
+/// Fails if a backup has left an image of this name that is no point yet: the announcement is of that one, and it may be
+/// complete.
+fn check_no_partial(folder: &Folder, image: &OsStr) -> Result<()> {
+    match publish::has_partial(folder, image) {
+        true => {
+            let what = "a backup of this name was interrupted here";
+            let error = Error::new(Kind::Exists, what).at_path(folder.join(image));
+            Err(error.remedy("'fleecefs recover', or the next backup there, finishes it"))
+        }
+        false => Ok(()),
+    }
+}
+
+/// Takes back what was announced for `file`, which could not be given its name, or whose name may not survive a power
+/// cut: then it is announced, and whoever writes next finishes it.
+fn withdraw_unnamed(folder: &Folder, name: &OsStr, file: &File) -> Result<()> {
+    match folder.is_same(name, file) {
+        Ok(false) => publish::withdraw(folder, name),
+        Ok(true) | Err(_) => Ok(()),
     }
 }
 
@@ -469,11 +505,12 @@ impl Incoming {
         self.temp.file()
     }
 
-    /// Makes it survive a power cut, and compares it with what was sent; reads it back for that if `verify`.
+    /// Makes it survive a power cut, and compares it with what was sent; reads it back for that if `verify`, and asks
+    /// `stop` meanwhile.
     ///
     /// # Errors
-    /// `Corrupt` if it is not what was sent; what the operating system said.
-    pub(crate) fn complete(self, blake3: &str, verify: bool) -> Result<Whole> {
+    /// `Corrupt` if it is not what was sent; what `stop` says; what the operating system said.
+    pub(crate) fn complete(self, blake3: &str, verify: bool, stop: &Check) -> Result<Whole> {
         let damaged = |what: &str| Err(Error::new(Kind::Corrupt, what).at_path(&self.path));
         let failed = |e| Error::io(e, "the image could not be written to its disk");
         if self.at != self.size {
@@ -489,18 +526,112 @@ impl Incoming {
         folder::set_modified(self.file(), time, &self.path)
             .map_err(|e| Error::io(e, "cannot set the image's time").at_path(&self.path))?;
         self.file().sync_all().map_err(|e| failed(e).at_path(&self.path))?;
-        if verify && self.read_back()? != own {
+        if verify && self.read_back(stop)? != own {
             return damaged("the image read back differs from what was written");
         }
         Ok(Whole { incoming: self, blake3: own })
     }
 
-    fn read_back(&self) -> Result<String> {
+    fn read_back(&self, stop: &Check) -> Result<String> {
         let file = self.file().try_clone();
         let file = file.map_err(|e| Error::io(e, "cannot read the file").at_path(&self.path))?;
         // What is on disk, not what is still in memory; where that is not possible, memory is asked.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
         let file = SourceFile::of_open(file, self.path.clone())?;
-        hash::whole_with(&file, 1, &(), &|| Ok(()))
+        hash::whole_with(&file, 1, &(), stop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory with the folder of a disk, and what is in it of an image.
+    fn store() -> (tempfile::TempDir, Store, Folder) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let folder = publish::make_folders(&root.join("sda")).unwrap();
+        let store = Store::open(&root, FileMode::default()).unwrap();
+        (dir, store, folder)
+    }
+
+    fn is_announced(folder: &Folder) -> bool {
+        folder.folder(manifest::FOLDER).unwrap().has("FULL-1-sda.partial.json")
+    }
+
+    fn announce(folder: &Folder) {
+        let text = b"of a backup";
+        publish::announce_text(folder, "FULL-1-sda".as_ref(), text, FileMode::default()).unwrap();
+    }
+
+    #[test]
+    fn an_announcement_is_taken_back_only_where_its_image_has_no_name() {
+        let (_dir, _store, folder) = store();
+        let name = OsStr::new("FULL-1-sda");
+        let file = folder.create_new("FULL-1-sda").unwrap();
+        announce(&folder);
+        withdraw_unnamed(&folder, name, &file).unwrap();
+        assert!(is_announced(&folder), "it has its name, which may not survive");
+        // Another file's name.
+        folder.remove_if_there(name).unwrap();
+        folder.create_new(name).unwrap();
+        withdraw_unnamed(&folder, name, &file).unwrap();
+        assert!(!is_announced(&folder));
+        folder.remove_if_there(name).unwrap();
+        announce(&folder);
+        withdraw_unnamed(&folder, name, &file).unwrap();
+        assert!(!is_announced(&folder));
+    }
+
+    #[test]
+    fn what_a_backup_left_keeps_its_announcement_and_no_other_image_gets_its_name() {
+        let (_dir, store, open) = store();
+        let folder = FolderPath::of(Path::new("sda")).unwrap();
+        let name = WireName::of("FULL-1-sda".as_ref()).unwrap();
+        let begin = || store.begin(&folder, &name, 1, Modified { seconds: 1, nanos: 0 });
+        let own = blake3::hash(b"x").to_hex().to_string();
+        let mut incoming = begin().unwrap();
+        incoming.data(b"x").unwrap();
+        let whole = incoming.complete(&own, true, &|| Ok(())).unwrap();
+        // A backup comes to its end meanwhile, and is killed.
+        open.create_new("FULL-1-sda.partial").unwrap();
+        announce(&open);
+        assert_eq!(begin().err().map(|e| e.kind()), Some(Kind::Exists));
+        assert_eq!(store.commit(whole, None, &[]).unwrap_err().kind(), Kind::Exists);
+        assert!(!open.has("FULL-1-sda"));
+        std::fs::write(open.join("FULL-1-sda"), "x").unwrap();
+        let adopted = store.adopt((&folder, &name), &own, b"{}", &[], &|| Ok(()));
+        assert_eq!(adopted.unwrap_err().kind(), Kind::Exists);
+        assert!(is_announced(&open) && open.has("FULL-1-sda.partial"));
+    }
+
+    #[test]
+    fn reading_an_image_back_or_for_its_hash_ends_when_the_user_wants_that() {
+        let (_dir, store, open) = store();
+        let folder = FolderPath::of(Path::new("sda")).unwrap();
+        let name = WireName::of("FULL-1-sda".as_ref()).unwrap();
+        let own = blake3::hash(b"x").to_hex().to_string();
+        let stop = || Err(Error::new(Kind::Interrupted, "interrupted"));
+        let mut incoming =
+            store.begin(&folder, &name, 1, Modified { seconds: 1, nanos: 0 }).unwrap();
+        incoming.data(b"x").unwrap();
+        let ended = incoming.complete(&own, true, &stop).err();
+        assert_eq!(ended.map(|e| e.kind()), Some(Kind::Interrupted));
+        std::fs::write(open.join("FULL-1-sda"), "x").unwrap();
+        let adopted = store.adopt((&folder, &name), &own, b"{}", &[], &stop);
+        assert_eq!(adopted.unwrap_err().kind(), Kind::Interrupted);
+    }
+
+    #[test]
+    fn a_kept_file_is_no_manifest_of_a_file_that_is_there() {
+        let (_dir, store, open) = store();
+        let folder = FolderPath::of(Path::new("sda")).unwrap();
+        let keep = |name: &str| {
+            let name = WireName::of(name.as_ref()).unwrap();
+            store.small(&folder, SmallKind::Kept, &name, b"{}").map_err(|e| e.kind())
+        };
+        std::fs::write(open.join("config-web.raw"), "somebody's").unwrap();
+        assert_eq!(keep("config-web.raw.json"), Err(Kind::Unsupported));
+        assert_eq!(keep("config-1-0-vm.json"), Ok(()));
     }
 }

@@ -8,7 +8,7 @@ use super::message;
 use super::message::{Answer, Frame, Held, Modified, Needed, Request, VERSION};
 use super::name::{FolderPath, SmallKind, WireName};
 use super::receive::{Place, serve};
-use super::send::{Options, send};
+use super::send::{Options, send, unfinished};
 use super::wire::Wire;
 use crate::chain::scan::{ScanOptions, scan};
 use crate::error::{Error, Kind, Result};
@@ -214,22 +214,28 @@ fn a_manifest_is_its_images_own_and_what_it_builds_on_is_there() {
         assert_eq!(sends(wire, "INC-2-sda", &bytes), None);
         let inc = with_fingerprint(&inc, &own);
         assert_eq!(commits(wire, Some(&inc), needs(&own)), None);
-        // One that is there without: by its hash, and by no other.
-        let text = manifest("FULL-1-sda", None, 5000);
-        let printed = with_fingerprint(&text, &"0".repeat(32));
-        for (blake3, text, want) in [
-            (hash(b"other"), &text, Some(Kind::Exists)),
-            (hash(&bytes), &printed, Some(Kind::Corrupt)),
-            (hash(&bytes), &text, None),
-        ] {
-            let (folder, name, blake3, text) =
-                (disk(), name("FULL-1-sda"), blake3.unwrap(), text.clone());
-            wire.send(&Request::Adopt { folder, name, blake3, needs: Vec::new() }).unwrap();
-            wire.send_frame(Frame::Whole(text.into_bytes())).unwrap();
-            assert_eq!(answer(wire), want);
-        }
     });
     assert_eq!(ended.unwrap_err().kind(), Kind::Peer, "it is gone without a word");
+    // One that is there without: by its hash, and by no other; and it is read once in a run.
+    let text = manifest("FULL-1-sda", None, 5000);
+    let printed = with_fingerprint(&text, &"0".repeat(32));
+    for (blake3, text, want) in [
+        (hash(b"other"), &text, Some(Kind::Exists)),
+        (hash(&bytes), &printed, Some(Kind::Corrupt)),
+        (hash(&bytes), &text, None),
+    ] {
+        let adopts = |wire: &Wire, blake3: Option<String>, text: &str| {
+            let (folder, name, blake3) = (disk(), name("FULL-1-sda"), blake3.unwrap());
+            wire.send(&Request::Adopt { folder, name, blake3, needs: Vec::new() }).unwrap();
+            wire.send_frame(Frame::Whole(text.as_bytes().to_vec())).unwrap();
+            answer(wire)
+        };
+        let ended = target.hears(|wire| {
+            assert_eq!(adopts(wire, blake3, text), want);
+            assert_eq!(adopts(wire, hash(&bytes), text), Some(Kind::Unsupported));
+        });
+        ended.unwrap_err();
+    }
     let side = target.root.join("sda/.fleecefs");
     assert!(side.join("INC-2-sda.json").exists() && side.join("FULL-1-sda.json").exists());
 }
@@ -384,6 +390,55 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
     let e = sent_to(&[Frame::message(&newer).unwrap()]).unwrap_err();
     assert_eq!(e.kind(), Kind::Unsupported);
     assert!(!e.report().contains('\x1b'));
+}
+
+#[test]
+fn a_receiver_of_holes_lets_the_other_side_know_that_it_is_at_work() {
+    let target = Target::new();
+    let ended = target.hears(|wire| {
+        wire.send(&image("FULL-1-sda", 5)).unwrap();
+        wire.send_frame(Frame::Hole(5)).unwrap();
+        wire.send(&Request::Part { blake3: None }).unwrap();
+        assert_eq!(wire.frame().unwrap(), Frame::Working);
+        assert_eq!(answer(wire), None);
+        wire.send(&Request::Bye).unwrap();
+        assert_eq!(answer(wire), None);
+    });
+    ended.unwrap();
+}
+
+#[test]
+fn images_that_are_announced_at_the_source_are_told() {
+    let (dir, catalog) = source();
+    assert_eq!(unfinished(&catalog).count(), 0);
+    std::fs::create_dir(dir.path().join(".fleecefs")).unwrap();
+    std::fs::write(dir.path().join(".fleecefs/disk.raw.partial.json"), "{}").unwrap();
+    // As other notes are.
+    std::fs::write(dir.path().join("FULL-1-sda.partial"), "x").unwrap();
+    let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+    let told: Vec<String> = unfinished(&catalog).map(|f| f.to_string()).collect();
+    assert!(told.len() == 1 && told[0].contains("disk.raw: it has no manifest yet"), "{told:?}");
+}
+
+#[test]
+fn a_sender_in_a_hole_ends_when_the_user_wants_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = std::fs::File::create(dir.path().join("disk.raw")).unwrap();
+    file.set_len(10 << 20).unwrap();
+    let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+    let (stop, cancel) = (AtomicBool::new(false), AtomicBool::new(true));
+    let (ours, its) = pair(&stop);
+    let target = Target::new();
+    let (report, ended) = std::thread::scope(|scope| {
+        let mut place = Plain(target.root.clone());
+        scope.spawn(move || serve(&its, &mut place));
+        let work = Work { cancel: &cancel, progress: &(), workers: 1, rate: None };
+        let sent = send(&ours, &catalog, Options::default(), &work);
+        drop(ours);
+        sent
+    });
+    assert_eq!(ended.unwrap_err().kind(), Kind::Interrupted);
+    assert_eq!((report.sent, target.files()), (0, Vec::new()));
 }
 
 #[test]

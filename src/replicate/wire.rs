@@ -34,6 +34,8 @@ const SLICE: Duration = Duration::from_millis(200);
 pub(crate) struct Wire<'a> {
     input: File,
     output: Mutex<File>,
+    /// When it was last said, between one thing and the next, that work goes on.
+    signed: Mutex<Option<Instant>>,
     stop: &'a AtomicBool,
     silence: Duration,
     patience: Patience,
@@ -61,7 +63,8 @@ impl<'a> Wire<'a> {
         let (input, output) = (File::from(input), Mutex::new(File::from(output)));
         let silence = failpoint::answer_timeout(SILENCE);
         let patience = Patience::new(silence * PATIENCE);
-        Ok(Wire { input, output, stop, silence, patience, peer: peer.into() })
+        let signed = Mutex::new(None);
+        Ok(Wire { input, output, signed, stop, silence, patience, peer: peer.into() })
     }
 
     /// The same, with another measure for silence and for what nothing comes of.
@@ -158,6 +161,20 @@ impl<'a> Wire<'a> {
         result
     }
 
+    /// Lets the other side know that work goes on, if that was not said for a while: for whoever does much, each of
+    /// which takes no time.
+    ///
+    /// # Errors
+    /// As [`Wire::send`].
+    pub(crate) fn sign(&self) -> Result<()> {
+        let mut signed = lock(&self.signed);
+        if signed.is_some_and(|at| at.elapsed() < self.silence / SIGNS) {
+            return Ok(());
+        }
+        *signed = Some(Instant::now());
+        self.send_frame(Frame::Working)
+    }
+
     fn with_signs<T>(&self, work: impl FnOnce() -> T) -> T {
         let (done, ended) = (Mutex::new(false), Condvar::new());
         let tell = || {
@@ -183,7 +200,8 @@ impl<'a> Wire<'a> {
         lock(&self.output)
     }
 
-    fn frame(&self) -> Result<Frame> {
+    /// The next frame, whatever it says.
+    pub(super) fn frame(&self) -> Result<Frame> {
         // Also of one who never lets us wait.
         self.check_stop()?;
         self.check_patience()?;
@@ -246,7 +264,11 @@ impl<'a> Wire<'a> {
         }
     }
 
-    fn check_stop(&self) -> Result<()> {
+    /// Fails if the user wants an end.
+    ///
+    /// # Errors
+    /// `Interrupted`.
+    pub(crate) fn check_stop(&self) -> Result<()> {
         match self.stop.load(Ordering::SeqCst) {
             true => Err(Error::new(Kind::Interrupted, "interrupted")),
             false => Ok(()),
@@ -400,6 +422,23 @@ mod tests {
         let (a, _b) = pair(&stop);
         stop.store(true, Ordering::SeqCst);
         assert_eq!(a.receive_frame().unwrap_err().kind(), Kind::Interrupted);
+    }
+
+    #[test]
+    fn work_in_small_pieces_is_told_of_now_and_then() {
+        let stop = AtomicBool::new(false);
+        for (often, told) in [(Duration::ZERO, 3), (SILENCE * 1000, 1)] {
+            let (a, b) = pair(&stop);
+            let b = b.waiting_for(often, SILENCE);
+            for _ in 0..3 {
+                b.sign().unwrap();
+            }
+            b.send(&7).unwrap();
+            for _ in 0..told {
+                assert_eq!(a.frame().unwrap(), Frame::Working);
+            }
+            assert_eq!(a.frame().unwrap(), Frame::message(&7).unwrap());
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ pub(crate) mod hasher;
 pub(crate) mod report;
 pub(crate) mod vm;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
@@ -26,6 +26,7 @@ use crate::failpoint::step;
 use crate::folder::{Access, EntryKind, FileId, FileMode, Folder};
 use crate::hash::Check;
 use crate::hash::subtrees::KnownSubtrees;
+use crate::journal::unfinished::HEADER_SUFFIX;
 use crate::layer::qcow2::check as structure;
 use crate::layer::qcow2::create::NewImage;
 use crate::layer::{Format, ImageInfo};
@@ -37,10 +38,32 @@ use crate::{folder, manifest, qemu_img};
 
 /// Ends the names of images that are no points yet.
 const PARTIAL: &str = ".partial";
+/// Ends the names of notes of fleece images.
+const FLEECE_NOTE: &str = ".fleece";
+/// Ends the names of journals; `fold.json` alone has another.
+const JOURNAL: &str = ".journal";
 
 /// The name of an image that is not a point yet.
 pub(crate) fn partial_name(image: &str) -> String {
     format!("{image}{PARTIAL}")
+}
+
+/// Whether a file of this name beside the manifests is taken for a journal, a saved header, an announcement or a note:
+/// whoever writes to the directory next does what it says.
+pub(crate) fn is_acted_on(name: &[u8]) -> bool {
+    let ends = [HEADER_SUFFIX, JOURNAL, PARTIAL, manifest::ANNOUNCED, FLEECE_NOTE];
+    ends.iter().any(|end| name.ends_with(end.as_bytes()))
+}
+
+/// Whether there is an image of this name that is not a point yet.
+pub(crate) fn has_partial(folder: &Folder, image: &OsStr) -> bool {
+    folder.has(partial_of(image))
+}
+
+fn partial_of(image: &OsStr) -> OsString {
+    let mut name = image.to_os_string();
+    name.push(PARTIAL);
+    name
 }
 
 /// Writes down what the image will be once it is complete.
@@ -77,7 +100,7 @@ pub(crate) fn note_fleece(folder: &Folder, image: &str, fleece: &CreatedFile) ->
 }
 
 fn fleece_note(image: &str) -> String {
-    format!("{}.fleece", partial_name(image))
+    format!("{}{FLEECE_NOTE}", partial_name(image))
 }
 
 /// Removes a noted fleece image, and the note. What cannot be removed is no reason against a point.
@@ -151,9 +174,15 @@ pub(crate) fn commit_text(folder: &Folder, image: &OsStr) -> Result<()> {
 /// # Errors
 /// What the operating system said.
 pub(crate) fn withdraw(folder: &Folder, image: &OsStr) -> Result<()> {
-    let mut partial = image.to_os_string();
-    partial.push(PARTIAL);
-    manifest::remove_in(folder, &partial)
+    manifest::remove_in(folder, &partial_of(image))
+}
+
+/// Whether an image is announced, and came from elsewhere ([`announce_text`]): there is no `.partial` of it.
+///
+/// # Errors
+/// As [`announced`].
+pub(crate) fn came_whole(folder: &Folder, image: &str) -> Result<bool> {
+    Ok(pending(folder, image)?.is_some_and(|p| p.image == image))
 }
 
 /// The last step for any image that has its name and was announced.
@@ -161,7 +190,7 @@ pub(crate) fn withdraw(folder: &Folder, image: &OsStr) -> Result<()> {
 /// # Errors
 /// As [`commit`] and [`commit_text`].
 pub(crate) fn commit_announced(folder: &Folder, m: &Manifest) -> Result<()> {
-    match pending(folder, &m.image)?.is_some_and(|p| p.image == m.image) {
+    match came_whole(folder, &m.image)? {
         true => commit_text(folder, OsStr::new(&m.image)),
         false => commit(folder, m),
     }

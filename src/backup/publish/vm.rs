@@ -122,8 +122,8 @@ pub(crate) fn keep_config(
         // Shortened where it would be too long with what comes before it.
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let name = if name.len() > LONGEST_KEPT { names::folder(&name, true) } else { name.into() };
-        // Beside it are journals and saved headers, which are known by these ends.
-        let is_taken = [".header", ".journal", ".partial"].iter().any(|end| name.ends_with(end));
+        // Beside it are files that are known by their ends.
+        let is_taken = super::is_acted_on(name.as_bytes());
         let name = format!("config-{run}-{n}-{name}{}", if is_taken { "_" } else { "" });
         let side = side_folder(folder)?;
         side.write_shared(&name, bytes, share)

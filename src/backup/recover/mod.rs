@@ -14,6 +14,8 @@ pub(crate) mod wait;
 
 pub use context::{RecoverCause, RecoverContext};
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -45,7 +47,7 @@ const MOST_LATE: u32 = 3;
 pub enum ImageOutcome {
     /// It is a point.
     Published,
-    /// It was removed, or there was none.
+    /// It was removed, or there was none; a file of somebody else's that has its name stays.
     Removed,
 }
 
@@ -399,6 +401,12 @@ pub fn conclude_image(
         publish::discard(folder, image)?;
         return Ok(ImageOutcome::Removed);
     };
+    if publish::came_whole(folder, image)? {
+        return Ok(match named::conclude_whole(folder, image, watch)? {
+            true => ImageOutcome::Published,
+            false => ImageOutcome::Removed,
+        });
+    }
     // The announcement is completed after the image was closed, checked and synced.
     let checked = m.fingerprint.is_some();
     let done = if folder.has(publish::partial_name(image)) && (finished || checked) {
@@ -488,11 +496,12 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
     let Ok(list) = side.entries() else { return Ok(()) };
     folder::sweep(folder, &[]).and_then(|_| folder::sweep(&side, &[])).map_err(failed)?;
     for e in list {
-        let Ok(name) = e.name.into_string() else { continue };
-        if name.starts_with(manifest::TEMPORARY) {
-            side.remove_if_there(&name).map_err(failed)?;
+        if e.name.as_bytes().starts_with(manifest::TEMPORARY.as_bytes()) {
+            side.remove_if_there(&e.name).map_err(failed)?;
         }
-        let Some(image) = name.strip_suffix(".partial.json") else { continue };
+        let Some(image) = manifest::announced_by(&e.name).and_then(OsStr::to_str) else {
+            continue;
+        };
         let outcome = match conclude_image(folder, image, (false, None), watch) {
             Ok(f) => f,
             Err(e) if matches!(e.kind(), Kind::Corrupt | Kind::Unsupported) => {
@@ -503,7 +512,13 @@ pub fn sweep(folder: &Folder, watch: &dyn Watch) -> Result<()> {
             }
             Err(e) => return Err(e),
         };
-        let done = if outcome == ImageOutcome::Published { "published" } else { "removed" };
+        let done = match outcome {
+            ImageOutcome::Published => "published",
+            ImageOutcome::Removed if folder.has(image) => {
+                "not complete; what has its name was not made by it, and stays"
+            }
+            ImageOutcome::Removed => "removed",
+        };
         watch.say(&format!("{}: unfinished image: {done}", path_text(&folder.join(image))));
     }
     Ok(())

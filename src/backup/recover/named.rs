@@ -2,12 +2,12 @@
 //! the two, of a backup or of `replicate`.
 //!
 //! For whoever reads, such an image is no point yet. Whoever writes to the directory finishes it first, so that what
-//! it builds on is not taken for unneeded. Nothing is removed here: what is not certain is left to `recover`.
+//! it builds on is not taken for unneeded. No image is removed here that has its name.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
-use crate::backup::publish;
+use crate::backup::{Watch, publish};
 use crate::error::{Error, Result};
 use crate::folder::Folder;
 use crate::journal::unfinished;
@@ -60,6 +60,26 @@ fn conclude_one(folder: &Folder, image: &str) -> Result<bool> {
     }
     publish::sync(folder)?;
     publish::commit_announced(folder, &m).map(|()| true)
+}
+
+/// Whether an image that was announced as one that came whole ([`publish::came_whole`]) is a point now: if it is certainly
+/// that one. Whatever else has its name is somebody's, and stays.
+pub(super) fn conclude_whole(folder: &Folder, image: &str, watch: &dyn Watch) -> Result<bool> {
+    // Nobody said that this is complete, or what it is.
+    publish::discard_image(folder, image)?;
+    if conclude_one(folder, image)? {
+        return Ok(true);
+    }
+    let parent = publish::announced(folder, image)?.and_then(|m| m.parent);
+    match parent.filter(|parent| folder.has(image) && !folder.has(parent)) {
+        // Without it, an image would be taken for one that builds on another.
+        Some(parent) => {
+            let (path, parent) = (path_text(&folder.join(image)), path_text(&parent));
+            watch.warn(&format!("{path}: it is no point until its parent {parent} is there"));
+        }
+        None => publish::discard(folder, image)?,
+    }
+    Ok(false)
 }
 
 #[cfg(test)]

@@ -85,3 +85,63 @@ fn another_file_under_the_final_name_stays() {
     assert_eq!(std::fs::read(d.path().join(IMAGE)).unwrap(), IMAGE.as_bytes());
     assert_eq!(there(&folder), [true, false, false, false]);
 }
+
+/// As `replicate` announces what came whole: to the byte, and of the image itself.
+fn announce_whole(folder: &Folder, m: &Manifest) {
+    let text = serde_json::to_vec(m).unwrap();
+    publish::announce_text(folder, IMAGE.as_ref(), &text, FileMode::default()).unwrap();
+}
+
+fn swept(folder: &Folder) -> [bool; 4] {
+    sweep(folder, &Quiet).unwrap();
+    there(folder)
+}
+
+#[test]
+fn what_was_announced_as_whole_is_a_point_if_it_is_that_and_is_never_removed() {
+    let (d, folder) = test_folder();
+    let path = d.path().join(IMAGE);
+    std::fs::write(&path, "as it came").unwrap();
+    let print = Some(manifest::fingerprint(&path).unwrap());
+    let own = Manifest { file_size: 10, ..example(IMAGE, Level::Full, None) };
+    for (fingerprint, bytes, is_point) in [
+        (&print, "as it came", true),
+        (&None, "as it came", true),
+        (&print, "somebody's", false),
+        (&None, "of another length", false),
+    ] {
+        let _ = manifest::remove_in(&folder, IMAGE.as_ref());
+        std::fs::write(&path, bytes).unwrap();
+        announce_whole(&folder, &Manifest { fingerprint: fingerprint.clone(), ..own.clone() });
+        assert_eq!(swept(&folder), [true, false, is_point, false], "{bytes}");
+        assert_eq!(std::fs::read(&path).unwrap(), bytes.as_bytes());
+    }
+    // It is no point without its parent; with it, it is.
+    let inc = Manifest { parent: Some("FULL-0-d".into()), fingerprint: print, ..own.clone() };
+    std::fs::write(&path, "as it came").unwrap();
+    announce_whole(&folder, &inc);
+    sweep(&folder, &Quiet).unwrap();
+    assert!(folder.has(IMAGE) && publish::came_whole(&folder, IMAGE).unwrap());
+    assert!(manifest::read_in(&folder, IMAGE.as_ref()).unwrap().is_none());
+    std::fs::write(d.path().join("FULL-0-d"), "x").unwrap();
+    assert_eq!(swept(&folder), [true, false, true, false]);
+    // It never got its name.
+    manifest::remove_in(&folder, IMAGE.as_ref()).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    announce_whole(&folder, &own);
+    assert_eq!(swept(&folder), [false; 4]);
+}
+
+/// That it is whole was said of another file than what a backup left beside it.
+#[test]
+fn what_a_backup_left_is_not_published_as_what_came_whole() {
+    let (_d, folder) = test_folder();
+    let m = Manifest { fingerprint: Some("0".repeat(32)), ..example(IMAGE, Level::Full, None) };
+    let shape = NewImage::plain(1 << 20, 65536);
+    for finished in [false, true] {
+        publish::create_image(&folder, IMAGE, &shape, FileMode::default()).unwrap();
+        announce_whole(&folder, &m);
+        assert_eq!(concluded(&folder, finished), ImageOutcome::Removed);
+        assert_eq!(there(&folder), [false; 4]);
+    }
+}

@@ -65,6 +65,19 @@ fn ask_for_ever(ours: &Ours, request: &Request, file: Option<&[u8]>) {
     while ask().is_ok() {}
 }
 
+/// An image that is there, without a manifest.
+const THERE: &[u8] = b"there";
+
+/// Says again and again that the image which is there has these bytes, and what its manifest is.
+fn adopt_for_ever(ours: &Ours, bytes: &[u8]) {
+    let mut m = manifest::tests::example("FULL-9-there", crate::layout::Level::Full, None);
+    m.file_size = THERE.len() as u64;
+    let text = serde_json::to_vec(&m).unwrap();
+    let blake3 = blake3::hash(bytes).to_hex().to_string();
+    let (folder, name) = (disk(), name("FULL-9-there"));
+    ask_for_ever(ours, &Request::Adopt { folder, name, blake3, needs: Vec::new() }, Some(&text));
+}
+
 fn raw(ours: &Ours, bytes: &[u8]) {
     (&ours.bytes).write_all(bytes).unwrap();
 }
@@ -111,7 +124,7 @@ const WRONG: [(&str, Lie); 15] = [
 ];
 
 /// What never ends, and nothing comes of: signs of work, bytes that were refused, questions, files that are there.
-const ENDLESS: [(&str, Lie); 8] = [
+const ENDLESS: [(&str, Lie); 10] = [
     ("work", |o| for_ever(o, &Frame::Working)),
     ("work in an image", |o| {
         o.wire.send(&huge()).unwrap();
@@ -135,6 +148,8 @@ const ENDLESS: [(&str, Lie); 8] = [
         let small = Request::Small { folder: disk(), kind, name: name("x.config") };
         ask_for_ever(o, &small, Some(b"x"));
     }),
+    ("the manifest of an image that has it", |o| adopt_for_ever(o, THERE)),
+    ("the manifest of another image", |o| adopt_for_ever(o, b"another")),
     ("images that are given up", |o| {
         let give_up = || {
             o.wire.send(&image("FULL-1-sda", 5))?;
@@ -178,10 +193,14 @@ fn a_sender_of_whom_nothing_comes_holds_the_directory_no_longer_than_patience_la
         for (what, lie) in ENDLESS {
             scope.spawn(move || {
                 let target = Target::new();
+                std::fs::create_dir(target.root.join("sda")).unwrap();
+                std::fs::write(target.root.join("sda/FULL-9-there"), THERE).unwrap();
                 // A receiver that has no end hangs here.
                 let ended = told(&target, SHORT, lie);
                 assert_eq!(ended.unwrap_err().kind(), Kind::Timeout, "{what}");
-                let images = target.files().into_iter().filter(|f| !f.ends_with("x.config"));
+                let known = ["x.config", "FULL-9-there", "FULL-9-there.json"];
+                let images = target.files().into_iter();
+                let images = images.filter(|f| !known.iter().any(|k| f.ends_with(k)));
                 assert_eq!(images.collect::<Vec<_>>(), Vec::<PathBuf>::new(), "{what}");
             });
         }
