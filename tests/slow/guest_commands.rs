@@ -17,7 +17,10 @@ fn commands_in_the_guest_round_the_freeze_point() {
         let (before, after) = (log("before") + before, log("after") + after);
         quiesce.with(&["--guest-before", &before, "--guest-after", &after])
     };
-    let log = || guest.shell("cat /tmp/log; : >/tmp/log");
+    let log = || {
+        wait_undone(&guest);
+        guest.shell("cat /tmp/log; : >/tmp/log")
+    };
     let consistency = |caller: &Caller| manifest(caller, "a.img")["consistency"].clone();
 
     let both = commands("sync", "true");
