@@ -26,8 +26,8 @@ const MOST: &[(&str, usize)] = &[
     ("query-block-exports", 3),
     ("query-fdsets", 3),
     // What the VM is, for the manifest: the machine and its processor have five properties, each disk six; all
-    // are asked at once. The others are for the filter.
-    ("qom-get", 5 + 2 * 6 + 3),
+    // are asked at once. Before, to find the disks' points, the serial number of each. The others are for the filter.
+    ("qom-get", 5 + 2 * 6 + 2 + 3),
     ("qom-list", 2),
     ("qom-set", 2),
     ("add-fd", 6),
