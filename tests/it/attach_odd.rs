@@ -252,7 +252,7 @@ fn btrfs_that_others_could_be_taken_for_is_not_given_to_the_kernel() {
     refused(&seed.path(), &[], "is the seed of others");
     // One that is based on it, and has one device of its own.
     let sprout = Image::new(128 << 20, &["true"]);
-    let make = r#"l=$(losetup -f --show "$3"); echo "$l"; mount -o loop "$1" "$2" && btrfs -q device add -f "$l" "$2""#;
+    let make = r#"l=$(losetup -f --show "$3"); echo "$l"; mount -o loop "$1" "$2" && btrfs -q device add -f "$l" "$2" >/dev/null"#;
     let undo = r#"umount "$2" || umount -l "$2"; losetup -d "$made"; btrfs device scan -u "$made""#;
     let made = Guard::new(make, undo, &[&seed.path(), &seed.mnt(), &sprout.path()]);
     drop(made);

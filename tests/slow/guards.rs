@@ -23,6 +23,14 @@ fn attached(file: &Path) -> bool {
 }
 
 #[test]
+fn what_is_warned_of_is_no_part_of_what_was_made() {
+    let made = Guard::new("echo a warning >&2; echo it", ":", &[]);
+    assert_eq!(made.made(), Path::new("it"));
+    let why = Guard::try_new("echo why >&2; echo half; exit 1", ":", &[]).err().unwrap();
+    assert_eq!(why, "why\nhalf");
+}
+
+#[test]
 fn a_killed_test_leaves_nothing() {
     let name = "a_killed_test_leaves_nothing";
     if !have(name, TOOLS)

@@ -14,13 +14,15 @@ pub struct Guard {
     made: String,
 }
 
-/// `$MAKE` says on its standard output what it made: `$made` for `$UNDO`. Without the word `done` the
+/// `$MAKE` says on its standard output what it made: `$made` for `$UNDO`. (What it warns of is no part of that: a device
+/// of such a name would never be detached.) Without the word `done` the
 /// test was killed: what it makes by itself, without `$MAKE`, may come yet, and is undone twice. (Not
 /// what has been made here: by then a device may be somebody else's.)
 const KEEP: &str = r#"
-    made=$(eval "$MAKE" 2>&1)
-    printf '%s\n%s' $? "$made"
-    exec >/dev/null 2>&1
+    exec 4>&1
+    made=$(eval "$MAKE" 2>&4 4>&-)
+    printf '\0%s\n%s' $? "$made"
+    exec >/dev/null 2>&1 4>&-
     read -r end
     eval "$UNDO"
     if [ -z "$MAKE" ] && [ "$end" != done ]; then sleep 0.4; eval "$UNDO"; fi
@@ -42,9 +44,10 @@ impl Guard {
         let mut keeper = command.process_group(0).spawn().expect("sh starts");
         let mut said = String::new();
         keeper.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+        let (errors, said) = said.split_once('\0').expect("the end of what it warns of");
         let (code, made) = said.split_once('\n').expect("an exit code");
         let guard = Guard { keeper, made: made.to_owned() };
-        if code == "0" { Ok(guard) } else { Err(guard.made.clone()) }
+        if code == "0" { Ok(guard) } else { Err(format!("{errors}{}", guard.made)) }
     }
 
     /// As [`Guard::try_new`], of what has to succeed.
