@@ -191,7 +191,7 @@ deps_fuse() {
 
 deps_filesystems() {
     deps_packages e2fsprogs xfsprogs btrfs-progs ntfs-3g wimtools dosfstools mtools exfatprogs exfat-fuse gdisk fdisk lvm2 \
-        attr util-linux mount rsync
+        attr util-linux mount rsync unzip
 }
 
 deps_clock() { deps_packages faketime; }

@@ -92,7 +92,7 @@ fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<(
             .at_path(side.join(stored))
             .remedy("restore this file from another copy of the backup"));
     }
-    output::print_as_is(&bytes)
+    output::written_by_others(|out| out.write_all(&bytes))
 }
 
 fn base_name(file: &ConfigFile) -> &str {

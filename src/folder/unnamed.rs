@@ -5,11 +5,15 @@ use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::open::refused;
 use super::{Access, FileId, Folder, absent_is_none, open, plain};
+
+/// Connections that wait to be taken, as the standard library has it.
+const BACKLOG: i32 = 128;
 
 impl Folder {
     /// A new empty file, mode 0600, that has no name and can never get one: it is gone with its last
@@ -43,10 +47,14 @@ impl Folder {
     /// What the operating system said, `AddrInUse` if the name is there.
     pub fn listen(&self, name: impl AsRef<OsStr>) -> io::Result<UnixListener> {
         let name = plain(name.as_ref())?;
+        let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+        let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
+        // The name gets the mode that the socket has, so that nothing is done to what the name stands for later.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
         // By the folder's descriptor: a socket's address has 108 bytes.
-        let listener = UnixListener::bind(self.proc_path().join(name))?;
-        rustix::fs::chmodat(self.as_fd(), name, Mode::RUSR | Mode::WUSR, AtFlags::empty())?;
-        Ok(listener)
+        net::bind(&socket, &SocketAddrUnix::new(self.proc_path().join(name))?)?;
+        net::listen(&socket, BACKLOG)?;
+        Ok(socket.into())
     }
 }
 

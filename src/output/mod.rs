@@ -2,6 +2,7 @@
 //! visible once more, so that no name can be forgotten. `clippy.toml` forbids the macros elsewhere. What is
 //! logged goes through `logging`, what systemd is told through `systemd`.
 
+mod contents;
 pub(crate) mod logging;
 pub(crate) mod system_log;
 pub(crate) mod systemd;
@@ -130,6 +131,22 @@ pub(crate) fn written(write: impl FnOnce(&mut Stdout) -> std::io::Result<()>) ->
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(|e| Error::io(e, "cannot write to standard output")),
     }
+}
+
+/// As [`written`], of what others wrote, such as the contents of a file: as it is, but visible on a terminal.
+///
+/// # Errors
+/// As [`print`].
+pub(crate) fn written_by_others(
+    write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    written(|out| match out.is_terminal() {
+        true => {
+            let mut visible = contents::Visible::new(out);
+            write(&mut visible).and_then(|()| visible.end())
+        }
+        false => write(out),
+    })
 }
 
 /// Adds a line to a text that is to be printed; a line break inside becomes visible.

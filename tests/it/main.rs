@@ -34,6 +34,7 @@ mod files_ntfs;
 mod files_volumes;
 mod files_xfs;
 mod files_xfs_hostile;
+mod files_zip;
 mod foreign;
 mod format;
 mod formats;

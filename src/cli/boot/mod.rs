@@ -93,7 +93,7 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
         true => boot::printed(vm, &graphs)?,
         false => graphs.iter().map(boot::argument).collect(),
     };
-    output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
+    output::written_by_others(|out| writeln!(out, "{}", lines.join("\n")))
 }
 
 /// Does `act` with a socket for viewers of the console, if there is to be one, and removes that.

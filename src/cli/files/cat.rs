@@ -1,7 +1,6 @@
 //! `fleecefs files cat`.
 
 use std::ffi::OsStr;
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
 use clap::Args;
@@ -13,6 +12,8 @@ use crate::output;
 use crate::text::path_text;
 
 /// Write a file to standard output; a symbolic link is followed inside its file system
+///
+/// On a terminal, control characters are shown and not obeyed.
 #[derive(Debug, Args)]
 pub(super) struct CatArgs {
     #[command(flatten)]
@@ -36,7 +37,7 @@ pub(super) fn run(args: &CatArgs) -> Result<()> {
     }
     let file = tree.open(node)?;
     let (mut at, mut buf, mut failed) = (0, vec![0; CHUNK], None);
-    output::written(|out| {
+    output::written_by_others(|out| {
         while at < file.size() {
             match file.read_at(&mut buf, at) {
                 Ok(0) => failed = Some(Error::new(Kind::Truncated, "the file ends too early")),

@@ -14,7 +14,7 @@ use super::super::work::cancel_flag;
 use super::super::{paths, verbosity};
 use super::point_path::{From, Opened, node};
 use crate::error::{Error, Kind, Result};
-use crate::files::copy::{Options, Report, Target, archive, copy};
+use crate::files::copy::{Format, Options, Report, Target, archive, copy};
 use crate::files::{NodeId, NodeKind, Tree};
 use crate::folder::{self, Folder, PlainName};
 use crate::output;
@@ -36,11 +36,17 @@ pub(super) struct CpArgs {
     #[command(flatten)]
     pub from: From,
     /// A folder to copy into, or the name of the copy
-    #[arg(required_unless_present = "tar", conflicts_with = "tar")]
+    #[arg(required_unless_present_any = ["tar", "zip"], conflicts_with_all = ["tar", "zip"])]
     target: Option<PathBuf>,
     /// Write a tar archive to standard output
     #[arg(long)]
     tar: bool,
+    /// Write a zip archive to standard output, for those who cannot unpack tar
+    ///
+    /// It has no hard links (each name has the contents), holes, attributes, pipes and setuid bits. A name that is not
+    /// UTF-8, or has a backslash or a colon, is reported and skipped.
+    #[arg(long, conflicts_with = "tar")]
+    zip: bool,
     /// What copies keep
     #[arg(long, value_enum, value_name = "WHAT", default_value = "usual")]
     preserve: Preserve,
@@ -77,7 +83,8 @@ pub(super) fn run(args: &CpArgs) -> Result<()> {
             let target = target_of(&opened, &*tree, start, target)?;
             copy(&*tree, start, target, &opened.blocks, &options)
         }
-        None => to_stdout(&opened, &*tree, start, &options),
+        None if args.zip => to_stdout(&opened, &*tree, start, &options, Format::Zip),
+        None => to_stdout(&opened, &*tree, start, &options, Format::Tar),
     };
     bar.end(begun.elapsed());
     tell(args, &report?)
@@ -122,6 +129,7 @@ fn to_stdout(
     tree: &dyn Tree,
     start: NodeId,
     options: &Options<'_>,
+    format: Format,
 ) -> Result<Report> {
     if std::io::stdout().is_terminal() {
         return Err(verbosity::usage("an archive is not written to a terminal; use a pipe"));
@@ -129,7 +137,7 @@ fn to_stdout(
     let mut result = Ok(Report::default());
     output::written(|out| {
         let mut out = BufWriter::with_capacity(1 << 20, out);
-        result = archive(tree, start, opened.name(), &mut out, &opened.blocks, options);
+        result = archive(tree, start, opened.name(), &mut out, &opened.blocks, options, format);
         Ok(())
     })?;
     match result {
@@ -145,9 +153,13 @@ fn tell(args: &CpArgs, report: &Report) -> Result<()> {
         (report.setuid_left_out, "setuid or setgid bit"),
     ];
     for (count, what) in left_out.into_iter().filter(|(count, _)| *count > 0) {
-        log::warn!("skipped: {} (--preserve=all copies them)", counted(count, what));
+        let why = match args.zip {
+            true => "which zip archives do not have; --tar does",
+            false => "--preserve=all copies them",
+        };
+        log::warn!("skipped: {} ({why})", counted(count, what));
     }
-    match (args.tar, args.print.json) {
+    match (args.tar || args.zip, args.print.json) {
         (true, _) => {}
         (false, true) => output::print(&output::json_document(report)?)?,
         (false, false) if !verbosity::is_quiet() => output::print(&format!(

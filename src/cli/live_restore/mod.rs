@@ -225,5 +225,5 @@ fn print(args: &LiveRestoreArgs, to: &Path) -> Result<()> {
     let Planned { begun, graphs, .. } = plan(args, &catalog, &run, to)?;
     live::check_empty(to, &begun)?;
     let lines = live::shown(to, &begun, &graphs)?;
-    output::print_as_is(format!("{}\n", lines.join("\n")).as_bytes())
+    output::written_by_others(|out| writeln!(out, "{}", lines.join("\n")))
 }

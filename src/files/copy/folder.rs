@@ -210,7 +210,7 @@ impl Copying<'_> {
     fn finish(&mut self, at: &At<'_>, made: &Made) -> Result<()> {
         let a = at.attributes;
         let failed = |what: &'static str| move |e: io::Error| Error::io(e, what);
-        self.report.count_mode(self.options, a);
+        self.report.count_mode(self.options.all, a);
         let mut mode = self.options.mode(a);
         match made.set_owner(a.uid, a.gid) {
             // Whoever is not root keeps what they copy; then it must not run as them either.

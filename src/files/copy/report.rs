@@ -84,9 +84,9 @@ impl Report {
         }
     }
 
-    /// Counts what is omitted of a node's permissions.
-    pub(super) fn count_mode(&mut self, options: &Options<'_>, attributes: &Attributes) {
+    /// Counts what is omitted of a node's permissions, which is nothing if `all` are kept.
+    pub(super) fn count_mode(&mut self, all: bool, attributes: &Attributes) {
         let drops = attributes.kind == NodeKind::File && attributes.mode & SETUID != 0;
-        self.setuid_left_out += u64::from(drops && !options.all);
+        self.setuid_left_out += u64::from(drops && !all);
     }
 }
