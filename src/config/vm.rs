@@ -138,9 +138,10 @@ impl Vm {
         self.value("offline").is_some()
     }
 
-    /// Whether it has a rule of retention.
+    /// Whether it has a rule of retention; one for what is gone is none for the rest.
     pub(crate) fn has_rules(&self) -> bool {
-        self.options.iter().any(|(_, long, _)| long.starts_with("keep-"))
+        let is_rule = |long: &str| long.starts_with("keep-") && long != "keep-gone";
+        self.options.iter().any(|(_, long, _)| is_rule(long))
     }
 
     /// Whether its new points are booted.

@@ -38,6 +38,7 @@ mod foreign;
 mod format;
 mod formats;
 mod generations;
+mod gone;
 mod health;
 mod history;
 mod hostile;
