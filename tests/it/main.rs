@@ -57,6 +57,7 @@ mod life;
 mod link_disk;
 mod live_restore;
 mod loop_device;
+mod mail;
 mod messages;
 mod migration;
 mod mount;
