@@ -225,6 +225,10 @@ impl Vm {
                 format!("VM {}: full_every goes with level = \"auto\"", self.name),
             );
         }
+        if self.text("verify") == Some("full") && self.is_on("no_hash") {
+            let what = "verify = \"full\" compares with the hash that no_hash leaves out: no night would go well";
+            say(self.place_of("no_hash"), format!("VM {}: {what} (verify = \"quick\")", self.name));
+        }
         if problems.is_empty() {
             for (table, line) in self.lines() {
                 if let Err(e) = program.clone().try_get_matches_from(&line) {

@@ -169,6 +169,10 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
             "level = \"full\"\nfull_every = \"7d\"",
             "5:1: VM a: full_every goes with level = \"auto\"",
         ),
+        (
+            "verify = \"full\"\nno_hash = true",
+            "5:1: VM a: verify = \"full\" compares with the hash that no_hash leaves out: no night would go well (verify = \"quick\")",
+        ),
         ("boot_check.expect = \"(\"", "4:21: boot_check.expect: '(': error: unclosed group"),
         (
             "boot_check.timeuot = \"5m\"",
