@@ -220,7 +220,7 @@ fn fish_and_zsh_ask_the_program_too() {
         ("list DIR --disk=v", "--disk=vda"),
         ("restore DIR --run l", "latest"),
         ("backup --config-file FILE --vm w", "web"),
-        ("backup --config-file=FILE --vm=d", "--vm=db"),
+        ("backup --config-file=FILE --vm=w", "--vm=web"),
         ("config show --config-file FILE d", "db"),
     ] {
         let line = line.replace("DIR", dir).replace("FILE", &file);
