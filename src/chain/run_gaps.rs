@@ -5,10 +5,11 @@ use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsStr;
 
+use super::timeline::vm_of;
 use super::{Catalog, Disk, manifest_of};
 use crate::error::{Error, Finding, Kind};
-use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
-use crate::text::{path_text, to_text};
+use crate::manifest::{Manifest, RunImage};
+use crate::text::path_text;
 
 /// Of all manifests of one run: the images that it made, under the names that its disks had, and of which none is
 /// among these manifests. (A disk may have another name by now: as many images as go by a name that the run did
@@ -57,12 +58,6 @@ pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
         gap(&all, &told)
     };
     vms.into_values().filter_map(newest_run).collect()
-}
-
-/// What tells one VM from another: its UUID, its name, or the folder of its disks.
-fn vm_of(disk: &Disk, m: &Manifest) -> String {
-    let said = vm_uuid(&m.vm).or(vm_name(&m.vm)).map(str::to_string);
-    said.unwrap_or_else(|| disk.path.parent().map(|p| to_text(p.as_os_str())).unwrap_or_default())
 }
 
 fn gap(run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {

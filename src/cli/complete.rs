@@ -13,10 +13,12 @@ use std::time::Duration;
 
 use clap::{Arg, Args, Command};
 
+use super::config_file::CONFIG_VARIABLE;
 use super::files::point_path;
 use super::paths::catalog;
 use super::runs;
 use crate::chain::{Catalog, Disk};
+use crate::config::{self, ConfigFile};
 use crate::error::{Error, Result};
 use crate::files::NodeKind;
 use crate::output;
@@ -102,9 +104,11 @@ pub(super) enum Wanted {
     Run,
     /// A backup run, or a point.
     RunOrPoint,
+    /// A VM of the configuration.
+    Vm,
 }
 
-/// What stands for `arg` of `command`, if the backup directory tells it.
+/// What stands for `arg` of `command`, if the backup directory or the configuration tells it.
 pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
     let value = arg.get_value_names()?.first()?.as_str();
     Some(match (command.get_name(), value) {
@@ -116,6 +120,7 @@ pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
         (_, "DISK" | "OLD" | "NEW") => Wanted::Disk,
         (_, "RUN") => Wanted::Run,
         (_, "RUN|POINT") => Wanted::RunOrPoint,
+        ("backup" | "show", "VM") => Wanted::Vm,
         (_, "FILE") if arg.get_id() == "until" => Wanted::File,
         _ => return None,
     })
@@ -124,8 +129,10 @@ pub(super) fn wanted(command: &Command, arg: &Arg) -> Option<Wanted> {
 /// What is to be completed.
 struct Completion<'a> {
     wanted: Wanted,
-    /// The backup directory.
+    /// The backup directory; nothing where none is needed.
     dir: &'a OsStr,
+    /// The configuration, where one is named.
+    config: Option<&'a OsStr>,
     /// The arguments after that.
     others: Vec<&'a OsStr>,
     /// What is there of it.
@@ -152,6 +159,7 @@ fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
         (Wanted::OfDisk, _) => points_of(&catalog(dir)?, place.others.first()),
         (Wanted::File, _) => points_of(&catalog(dir)?, None),
         (Wanted::Run, _) => run_names(&catalog(dir)?),
+        (Wanted::Vm, _) => vms(program, place.config)?,
         (Wanted::RunOrPoint, _) => {
             let catalog = catalog(dir)?;
             let mut all = run_names(&catalog);
@@ -166,6 +174,17 @@ fn candidates(program: &Command, words: &[OsString]) -> Result<Vec<OsString>> {
     Ok(found.into_iter().map(whole).collect())
 }
 
+/// The VMs of the configuration that is named, or of the usual one.
+fn vms(program: &Command, file: Option<&OsStr>) -> Result<Vec<OsString>> {
+    let file = file.map(OsStr::to_os_string).or_else(|| std::env::var_os(CONFIG_VARIABLE));
+    let file = match &file {
+        Some(path) => ConfigFile::named(Path::new(path)),
+        None => ConfigFile::usual()?,
+    };
+    let config = config::load(&file, program)?;
+    Ok(config.vms.into_iter().map(|vm| OsString::from(vm.name)).collect())
+}
+
 fn run_names(catalog: &Catalog) -> Vec<OsString> {
     runs::names(catalog).into_iter().map(OsString::from).collect()
 }
@@ -174,12 +193,19 @@ fn run_names(catalog: &Catalog) -> Vec<OsString> {
 fn completion_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Completion<'a>> {
     let (last, before) = words.split_last()?;
     let (mut command, mut positionals) = (program, Vec::new());
-    let mut target: Option<&OsStr> = None;
+    let (mut target, mut config): (Option<&OsStr>, Option<&OsStr>) = (None, None);
     let mut option: Option<&Arg> = None;
     for word in before {
         if let Some(of) = option.take() {
-            target = target.or(Some(word.as_os_str()).filter(|_| of.get_id() == "target"));
+            match of.get_id().as_str() {
+                "target" => target = target.or(Some(word)),
+                "config_file" => config = Some(word),
+                _ => {}
+            }
             continue;
+        }
+        if let Some(file) = word.as_bytes().strip_prefix(b"--config-file=") {
+            config = Some(OsStr::from_bytes(file));
         }
         option = option_of(command, word);
         if word.as_bytes().starts_with(b"-") && word.len() > 1 {
@@ -202,17 +228,12 @@ fn completion_of<'a>(program: &'a Command, words: &'a [OsString]) -> Option<Comp
     }
     let arg = option.or_else(|| command.get_positionals().nth(positionals.len()))?;
     // A backup has no other way to say where.
-    let dir = positionals.first().copied().or(target)?;
+    let wanted = wanted(command, arg)?;
+    let dir = positionals.first().copied().or(target);
+    let dir = dir.or((wanted == Wanted::Vm).then_some(OsStr::new("")))?;
     let others = positionals.get(1..).unwrap_or_default().to_vec();
     let has_files = command.get_name() != "diff" || words.iter().any(|w| w == "--files");
-    Some(Completion {
-        wanted: wanted(command, arg)?,
-        dir,
-        others,
-        begun,
-        option: before,
-        has_files,
-    })
+    Some(Completion { wanted, dir, config, others, begun, option: before, has_files })
 }
 
 /// The option that a word is, if its value stands in the next one.

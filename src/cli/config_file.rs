@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::shared::JsonArgs;
 use super::table::{Row, Table};
 use super::verbosity;
-use crate::config::{self, Config, ConfigFile, Problem, Setting, Source, Vm};
+use crate::config::{self, Config, ConfigFile, Mail, Problem, Setting, Source, Vm};
 use crate::error::{Error, Kind, Result};
 use crate::output::{self, Line, Look};
 use crate::text::{path_text, to_text};
@@ -17,12 +17,15 @@ use crate::units::{counted, human_duration};
 /// The whole program's command line, whose options are the configuration's keys.
 pub(super) type Program = fn() -> Command;
 
+/// The variable that names it where no option does.
+pub(super) const CONFIG_VARIABLE: &str = "FLEECEFS_CONFIG";
+
 /// Where the configuration is.
 #[derive(Debug, Args)]
 pub(super) struct ConfigFileArgs {
     /// The configuration; the folder vms.d beside it belongs to it [default: /etc/fleecefs/fleecefs.toml, or
     /// fleecefs/fleecefs.toml in the user's folder for configuration]
-    #[arg(long, value_name = "FILE", env = "FLEECEFS_CONFIG")]
+    #[arg(long, value_name = "FILE", env = CONFIG_VARIABLE)]
     config_file: Option<PathBuf>,
 }
 
@@ -115,6 +118,7 @@ impl FileCommand {
 fn check(args: &CheckArgs, program: Program) -> Result<()> {
     let mut config = args.file.load(program)?;
     let programs: Vec<Problem> = config.vms.iter().flat_map(bad_programs).collect();
+    config.problems.extend(config.mail.as_ref().and_then(bad_sendmail));
     config.problems.extend(programs);
     if args.print.json {
         let vms: Vec<&str> = config.vms.iter().map(|vm| vm.name.as_str()).collect();
@@ -159,6 +163,13 @@ fn bad_programs(vm: &Vm) -> Vec<Problem> {
         }
     }
     problems
+}
+
+/// The same of the program that takes mail.
+fn bad_sendmail(mail: &Mail) -> Option<Problem> {
+    let e = config::check_program(&mail.sendmail).err()?;
+    let message = format!("sendmail: {}", e.report());
+    Some(Problem { place: mail.place.clone(), message, vm: None })
 }
 
 fn problem_json(p: &Problem) -> Value {

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use clap::Args;
 
+use crate::prune::KeepGone;
 use crate::prune::plan::Rules;
 use crate::units::parse_duration;
 
@@ -28,6 +29,11 @@ pub(super) struct KeepArgs {
     /// Keep all points that are at most so much older than the newest (12h, 7d, 2w, 6M, 1y)
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     keep_within: Option<u64>,
+    /// What to keep of a disk that its VM has no more, and of a VM that has had no backup for 30 days while others had,
+    /// instead of the other rules: all, the newest N points, or all until it has been gone for so long (90d). Its
+    /// newest point stays in any case
+    #[arg(long, value_name = "all|N|DURATION", default_value = "all")]
+    keep_gone: KeepGone,
 }
 
 impl KeepArgs {
@@ -44,6 +50,8 @@ impl KeepArgs {
         let mut words: Vec<OsString> =
             given.map(|(name, n)| format!("--keep-{name}={n}").into()).collect();
         words.extend(self.keep_within.map(|s| format!("--keep-within={s}s").into()));
+        let other = Some(self.keep_gone).filter(|gone| *gone != KeepGone::default());
+        words.extend(other.map(|gone| format!("--keep-gone={gone}").into()));
         words
     }
 
@@ -56,6 +64,7 @@ impl KeepArgs {
             monthly: self.keep_monthly,
             yearly: self.keep_yearly,
             within: self.keep_within,
+            gone: self.keep_gone,
         }
     }
 }

@@ -30,7 +30,8 @@ use crate::{folder, manifest, output};
 /// Each rule keeps, per disk, the newest point of each of the newest N days (weeks, ...) that have one.
 /// Days and weeks are those of this machine's time zone; times are shown in UTC. A point is kept if any
 /// rule keeps it. Also kept: what a kept point needs, the newest point, the last complete run, and the
-/// other disks' points of a run that is kept.
+/// other disks' points of a run that is kept. What is gone has a rule of its own, --keep-gone: a disk of which its
+/// VM's newest backup knows nothing.
 ///
 /// Nothing is deleted of a disk whose newest point is missing, damaged (by structure and manifests, as
 /// 'verify --quick' checks them), or not verified (no manifest), unless --force is given. The exit code is
@@ -74,7 +75,7 @@ fn act(args: &PruneArgs, entry: &mut Entry) -> Result<()> {
     let rules = args.keep.rules();
     if rules.is_empty() {
         return Err(verbosity::usage(
-            "no --keep-... rule was given; give at least one of 1 or more",
+            "no --keep-... rule was given (--keep-gone is one for what is gone alone); give at least one of 1 or more",
         ));
     }
     if args.dry_run {
@@ -191,6 +192,9 @@ fn held(plan: &Plan) -> BTreeSet<&str> {
 fn text(plan: &Plan, dry_run: bool) -> String {
     let mut out = String::new();
     for disk in &plan.disks {
+        if let Some(gone) = &disk.gone {
+            output::push_line(&mut out, format!("gone   {}  {gone}", path_text(&disk.disk)));
+        }
         for p in &disk.points {
             let path = path_text(&disk.disk.join(&p.point));
             if p.keep.is_empty() {

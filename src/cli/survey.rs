@@ -279,6 +279,8 @@ fn lines(all: &[DirectoryHealth], now: i64, wide: bool) -> Vec<Line> {
         }
         for disk in &dir.disks {
             rows.push(Row::Cells(cells(disk, now), look_of(disk.status)));
+            let gone = disk.gone.iter().map(|g| Row::Below(g.to_string(), Look::Plain));
+            rows.extend(gone);
             let below = disk.trouble.iter();
             rows.extend(below.map(|t| Row::Below(t.text.clone(), look_of(t.status))));
         }
@@ -325,6 +327,9 @@ fn cells(disk: &DiskHealth, now: i64) -> Vec<String> {
         booted.unwrap_or_else(none),
         disk.chain_points.to_string(),
         human_bytes(disk.stored_bytes),
-        disk.status.word().into(),
+        match disk.is_gone() && disk.status == Status::Ok {
+            true => "gone".into(),
+            false => disk.status.word().into(),
+        },
     ]
 }

@@ -208,8 +208,32 @@ fn own() -> Vec<(Form, Arg)> {
     ]
 }
 
+/// The keys of the main file that are about no VM, and are read as the others are.
+fn of_night() -> Vec<Key> {
+    let arg = |name: &'static str, help: &'static str| Arg::new(name).long(name).help(help);
+    let all = [
+        (
+            Form::List,
+            arg("mail", "Who gets mail of what came of a night").value_parser(values::address),
+        ),
+        (Form::Text, arg("mail-on", "When there is mail").value_parser(["failure", "always"])),
+        (
+            Form::Text,
+            arg("sendmail", "The program that takes it").value_parser(clap::value_parser!(PathBuf)),
+        ),
+    ];
+    let key = |(form, arg): (Form, Arg)| {
+        let name = arg.get_long().unwrap_or_default().replace('-', "_");
+        Key { name, command: "", form, arg }
+    };
+    all.map(key).into()
+}
+
 /// All keys.
-pub(super) struct Keys(Vec<Key>);
+pub(super) struct Keys {
+    of_vms: Vec<Key>,
+    of_night: Vec<Key>,
+}
 
 impl Keys {
     /// Of a program's command line.
@@ -227,17 +251,22 @@ impl Keys {
             let args = command.get_arguments().filter(|a| !is_left_out(name, a.get_id().as_str()));
             keys.extend(args.filter_map(|arg| Key::of(name, *table, arg)));
         }
-        Keys(keys)
+        Keys { of_vms: keys, of_night: of_night() }
     }
 
-    /// All of them.
+    /// All of them that are said of VMs.
     pub(super) fn all(&self) -> &[Key] {
-        &self.0
+        &self.of_vms
     }
 
     /// The key of this name, which has that of its table.
     pub(super) fn get(&self, name: &str) -> Option<&Key> {
-        self.0.iter().find(|k| k.name == name)
+        self.of_vms.iter().find(|k| k.name == name)
+    }
+
+    /// The key of this name that is said of the night as a whole.
+    pub(super) fn of_night(&self, name: &str) -> Option<&Key> {
+        self.of_night.iter().find(|k| k.name == name)
     }
 
     /// Whether there is a table of this name.
@@ -253,7 +282,7 @@ impl Keys {
             None => false,
         };
         let tables = COMMANDS.iter().filter_map(|(_, t)| *t).filter(|_| table.is_empty());
-        let names = self.0.iter().filter(is_here).map(Key::short).chain(tables);
+        let names = self.of_vms.iter().filter(is_here).map(Key::short).chain(tables);
         did_you_mean(wrong, names)
     }
 }

@@ -8,7 +8,7 @@
 //! - A [`Problem`] with a `vm` concerns that VM alone: others are backed up all the same. Its `Display` is
 //!   `FILE:LINE:COLUMN: MESSAGE`.
 //!
-//! The main file is `fleecefs.toml`: `[defaults]`, `[vms.NAME]`, `discover`, `parallel`. Beside it may be a folder `vms.d`,
+//! The main file is `fleecefs.toml`: `[defaults]`, `[vms.NAME]`, `discover`, `parallel`, `mail`. Beside it may be a folder `vms.d`,
 //! where `NAME.toml` has the keys of the VM `NAME`. Keys are the options of `backup`, `prune`, `verify` and `boot --check`
 //! as clap defines them (`keys`), so that one table is the truth for both.
 //!
@@ -17,6 +17,7 @@
 
 mod discover;
 mod keys;
+mod mail;
 mod place;
 mod problem;
 mod read;
@@ -29,6 +30,7 @@ use clap::Command;
 
 #[cfg(test)]
 pub(crate) use keys::is_left_out;
+pub(crate) use mail::Mail;
 pub(crate) use place::{ConfigFile, check_program};
 pub(crate) use problem::{Place, Problem};
 pub(crate) use settings::{Setting, Settings, Source, Value};
@@ -53,6 +55,10 @@ pub(crate) struct Config {
     pub notes: Vec<String>,
     /// How many VMs are backed up side by side, if that is said.
     pub parallel: Option<usize>,
+    /// Who gets mail of what came of a night.
+    pub mail: Option<Mail>,
+    /// What runs where a whole night is refused: the defaults' `on_failure`, as far as it is about no one VM.
+    pub on_refusal: Vec<Vec<String>>,
 }
 
 impl Config {
@@ -131,9 +137,20 @@ pub(crate) fn load(file: &ConfigFile, program: &Command) -> Result<Config> {
     discovered(&mut read, &mut notes);
     let vms = merged(&read, &keys, program, &mut problems);
     notes.extend(same::nested(&vms));
+    let mail = Mail::of(&read.night, &mut problems);
     problems.sort_by(|a, b| (&a.place, &a.message).cmp(&(&b.place, &b.message)));
     problems.dedup();
-    Ok(Config { vms, problems, notes, parallel: read.parallel })
+    let on_refusal = on_refusal(&read.defaults);
+    Ok(Config { vms, problems, notes, parallel: read.parallel, mail, on_refusal })
+}
+
+/// The commands of the defaults' `on_failure` in which no VM's name has to stand.
+fn on_refusal(defaults: &Settings) -> Vec<Vec<String>> {
+    let Some(Value::Commands(all)) = defaults.get("on_failure").map(|s| &s.value) else {
+        return Vec::new();
+    };
+    let is_for_all = |command: &&Vec<String>| !command.iter().any(|word| word.contains(read::VM));
+    all.iter().filter(is_for_all).cloned().collect()
 }
 
 /// Adds the VMs that are found by their sockets. What a file says of one of them holds.

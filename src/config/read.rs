@@ -39,6 +39,8 @@ pub(super) struct MainFile {
     pub discover: Vec<(String, Place)>,
     /// How many are backed up side by side.
     pub parallel: Option<usize>,
+    /// What is said of the night as a whole: the keys about mail.
+    pub night: Settings,
 }
 
 /// Reads one file.
@@ -55,7 +57,7 @@ type Table<'i> = DeTable<'i>;
 type Item<'i> = Spanned<DeValue<'i>>;
 
 /// The keys of the main file.
-const MAIN: &[&str] = &["defaults", "vms", "discover", "parallel"];
+const MAIN: &[&str] = &["defaults", "vms", "discover", "parallel", "mail", "mail_on", "sendmail"];
 
 impl<'a> Reader<'a> {
     /// For the file at `path` with this text.
@@ -70,7 +72,7 @@ impl<'a> Reader<'a> {
     /// Reads it as the main file.
     pub(super) fn main(mut self) -> MainFile {
         let mut file = MainFile::default();
-        let table = self.parsed();
+        let (table, keys) = (self.parsed(), self.keys);
         for (name, item) in &table {
             match (name.get_ref().as_ref(), item.get_ref()) {
                 ("defaults", DeValue::Table(inner)) => file.defaults = self.settings(inner),
@@ -78,7 +80,10 @@ impl<'a> Reader<'a> {
                 ("defaults" | "vms", other) => self.wrong_type(name, item, "a table", other),
                 ("discover", _) => file.discover = self.discover(name, item),
                 ("parallel", value) => file.parallel = self.parallel(name, item, value),
-                (other, _) => self.unknown_in_main(name, other),
+                (other, _) => match keys.of_night(other) {
+                    Some(key) => self.of_night(key, name, item, &mut file.night),
+                    None => self.unknown_in_main(name, other),
+                },
             }
         }
         file
@@ -197,6 +202,13 @@ impl<'a> Reader<'a> {
             self.problem(start(item.span()), what);
         }
         good
+    }
+
+    fn of_night<K>(&mut self, key: &Key, name: &Spanned<K>, item: &Item<'_>, night: &mut Settings) {
+        if let Some(value) = self.value(key, item) {
+            let source = Source::File(self.place(start(name.span())));
+            night.insert(key.name.clone(), Setting { value, source });
+        }
     }
 
     /// The keys of a VM, or of the defaults.

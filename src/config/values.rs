@@ -41,6 +41,18 @@ pub(super) fn duration(text: &str) -> Result<u64, String> {
     }
 }
 
+/// An address that mail is sent to, or a user's name. It stands on a command line and in a header of the mail.
+pub(super) fn address(text: &str) -> Result<String, String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._+=@-".contains(c);
+    let begins = text.chars().next().is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
+    if begins && text.len() <= 254 && text.chars().all(allowed) {
+        return Ok(text.to_string());
+    }
+    Err(format!(
+        "'{text}' is not an address like root or admin@example.org (letters, digits and . _ + = @ -)"
+    ))
+}
+
 /// A VM's name: part of names of files and units.
 pub(super) fn vm_name(text: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._+@-".contains(c);
@@ -66,6 +78,18 @@ mod tests {
         assert!(day.has(early) && !day.has(late) && !day.has(0));
         for bad in ["", "22", "22:00", "24:00-01:00", "1:00-2:00", "10:00-10:00", "10:60-11:00"] {
             assert!(hours(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_neither_options_nor_headers_nor_programs() {
+        for good in ["root", "a.b+c@mail.example.org", "_x"] {
+            assert_eq!(address(good).as_deref(), Ok(good));
+        }
+        let long = "a".repeat(255);
+        for bad in ["", "-oQ/tmp", "a b", "a,b", "a\nBcc: x", "|/bin/sh", "/etc/x", "<a@b>", &long]
+        {
+            assert!(address(bad).is_err(), "{bad}");
         }
     }
 

@@ -138,9 +138,10 @@ impl Vm {
         self.value("offline").is_some()
     }
 
-    /// Whether it has a rule of retention.
+    /// Whether it has a rule of retention; one for what is gone is none for the rest.
     pub(crate) fn has_rules(&self) -> bool {
-        self.options.iter().any(|(_, long, _)| long.starts_with("keep-"))
+        let is_rule = |long: &str| long.starts_with("keep-") && long != "keep-gone";
+        self.options.iter().any(|(_, long, _)| is_rule(long))
     }
 
     /// Whether its new points are booted.
@@ -223,6 +224,10 @@ impl Vm {
                 self.place_of("full_every"),
                 format!("VM {}: full_every goes with level = \"auto\"", self.name),
             );
+        }
+        if self.text("verify") == Some("full") && self.is_on("no_hash") {
+            let what = "verify = \"full\" compares with the hash that no_hash leaves out: no night would go well";
+            say(self.place_of("no_hash"), format!("VM {}: {what} (verify = \"quick\")", self.name));
         }
         if problems.is_empty() {
             for (table, line) in self.lines() {

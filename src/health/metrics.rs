@@ -118,6 +118,9 @@ fn of_disks(all: &[DirectoryHealth]) -> Vec<Family> {
             ),
             |d| d.newest.as_ref().map(|n| n.time as f64),
         ),
+        by_disk(all, ("disk_gone", "Whether the VM has the disk no more."), |d| {
+            Some(number(d.is_gone()))
+        }),
         by_disk(all, ("points", "Points of a disk."), |d| Some(d.points as f64)),
         by_disk(all, ("chain_points", "Points that the newest one is made of."), |d| {
             Some(d.chain_points as f64)

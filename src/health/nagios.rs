@@ -67,9 +67,10 @@ fn trouble_lines(all: &[DirectoryHealth]) -> Vec<String> {
     found.into_iter().map(|(_, line)| line).collect()
 }
 
-/// Seconds since the newest point of the disk whose newest point is the oldest.
+/// Seconds since the newest point of the disk whose newest point is the oldest; those that are gone are not meant.
 fn oldest(all: &[DirectoryHealth]) -> Option<i64> {
-    let newest = all.iter().flat_map(|d| &d.disks).filter_map(|d| d.newest.as_ref());
+    let here = all.iter().flat_map(|d| &d.disks).filter(|d| !d.is_gone());
+    let newest = here.filter_map(|d| d.newest.as_ref());
     newest.map(|n| n.age_seconds).max()
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::chain::gone::{Gone, GoneWhat};
 use crate::history::Entry;
 use crate::layout::Level;
 use crate::text::as_text;
@@ -76,6 +77,8 @@ pub(crate) struct DiskHealth {
     pub vm: Option<String>,
     /// The worst of its trouble.
     pub status: Status,
+    /// Since when the disk, or its VM, is gone, if it is. A disk that is gone gets no new points: they are not too old.
+    pub gone: Option<Gone>,
     /// The newest point that can be restored.
     pub newest: Option<Newest>,
     /// How many points it has.
@@ -121,6 +124,13 @@ impl Status {
             Status::Warning => "warning",
             Status::Error => "ERROR",
         }
+    }
+}
+
+impl DiskHealth {
+    /// Whether its VM has it no more.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.is_some_and(|g| g.what == GoneWhat::Disk)
     }
 }
 

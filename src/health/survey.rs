@@ -6,6 +6,7 @@ use std::path::Path;
 use super::judge;
 use super::report::{DirectoryHealth, DiskHealth, FailedRuns, Newest, Status, Trouble, worst};
 use crate::backup::state::journal::Pending;
+use crate::chain::gone::{Gone, GoneWhat, gone};
 use crate::chain::{Catalog, Disk, manifest_of, run_gaps};
 use crate::error::{Error, Result};
 use crate::folder::{self, Folder};
@@ -73,11 +74,11 @@ fn of_disks(catalog: &Catalog, known: &Known<'_>) -> Vec<DiskHealth> {
         Some(state) => (Memory::read(state, catalog), Memory::booted(state, catalog)),
         None => Default::default(),
     };
-    let one = |disk: &Disk| {
+    let one = |(disk, gone): (&Disk, Option<Gone>)| {
         let checks = (verified.of(disk), last_boot(&booted.boots_of(disk)));
-        of_disk(disk, &catalog.root, checks, known)
+        of_disk((disk, gone), &catalog.root, checks, known)
     };
-    catalog.disks.iter().map(one).collect()
+    catalog.disks.iter().zip(gone(catalog, known.now)).map(one).collect()
 }
 
 fn last_boot(all: &[Option<LastBoot>]) -> Option<LastBoot> {
@@ -85,7 +86,7 @@ fn last_boot(all: &[Option<LastBoot>]) -> Option<LastBoot> {
 }
 
 fn of_disk(
-    disk: &Disk,
+    (disk, gone): (&Disk, Option<Gone>),
     root: &Path,
     (verified, booted): (Vec<Option<LastVerified>>, Option<LastBoot>),
     known: &Known<'_>,
@@ -101,7 +102,10 @@ fn of_disk(
         consistency: Achieved::word(p.consistency),
     });
     let mut trouble = Vec::new();
-    judge::of_newest(described.as_ref(), known.max_age, &mut trouble);
+    // That a VM has no new points is trouble, whatever the reason.
+    let gets_none = gone.is_some_and(|g| g.what == GoneWhat::Disk);
+    let max_age = known.max_age.filter(|_| !gets_none);
+    judge::of_newest(described.as_ref(), max_age, &mut trouble);
     judge::of_points(disk, root, &mut trouble);
     judge::of_checks(&verified, booted, known.now, &mut trouble);
     let unchanged = verified.iter().flatten().filter(|l| !l.changed);
@@ -109,6 +113,7 @@ fn of_disk(
         disk: disk.path.clone(),
         vm: vm.map(str::to_string),
         status: worst(trouble.iter().map(|t| t.status)),
+        gone,
         newest: described,
         points: disk.points.len(),
         chain_points: newest.map_or(0, |at| chain_points(disk, at)),

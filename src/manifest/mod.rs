@@ -266,6 +266,11 @@ pub struct RunImage {
     pub image: String,
 }
 
+/// Why a disk was skipped: `--include` names others.
+pub(crate) const NOT_INCLUDED: &str = "not in --include";
+/// Why a disk was skipped: `--exclude` names it.
+pub(crate) const EXCLUDED: &str = "in --exclude";
+
 /// A disk that was skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use super::plan::{DiskItems, Item, vm};
-use crate::chain::{Catalog, Disk, Point};
+use crate::chain::gone::gone;
+use crate::chain::{Catalog, Disk, Point, timeline};
 use crate::error::Result;
 use crate::folder::Folder;
 use crate::journal::removal;
@@ -32,8 +33,10 @@ pub fn items(catalog: &Catalog) -> Result<Vec<DiskItems>> {
         }
     }
     let held: HashMap<PathBuf, String> = held(catalog, &timelines)?;
-    for disk in &mut all {
+    let gone = gone(catalog, jiff::Timestamp::now().as_second());
+    for (disk, gone) in all.iter_mut().zip(gone) {
         disk.held = held.get(vm(&disk.timeline)).cloned();
+        disk.gone = gone;
     }
     Ok(all)
 }
@@ -208,7 +211,7 @@ fn of_disk(disk: &Disk) -> DiskItems {
     };
     let items = disk.points.iter().enumerate().map(&mut item).collect();
     let timeline = timeline(&disk.path);
-    DiskItems { disk: disk.path.clone(), timeline, items, held: None }
+    DiskItems { disk: disk.path.clone(), timeline, items, held: None, gone: None }
 }
 
 /// What points that cannot be served depend on by their manifests, or, where such an image is missing,
@@ -267,18 +270,6 @@ fn run(point: &Point) -> String {
     }
 }
 
-/// `--monthly` puts the disk's folder into a new `YYYY-MM` each month.
-fn timeline(disk: &Path) -> PathBuf {
-    let is_month = |c: &Component| {
-        let text = c.as_os_str().to_string_lossy();
-        let b = text.as_bytes();
-        b.len() == 7
-            && b[4] == b'-'
-            && b.iter().enumerate().all(|(i, c)| i == 4 || c.is_ascii_digit())
-    };
-    disk.components().filter(|c| !is_month(c)).collect()
-}
-
 /// Why nothing older than the newest point, which can be served, may be deleted.
 fn unproven(newest: &Point, standing: PointOutcome) -> Option<String> {
     let word = match standing.outcome {
@@ -288,15 +279,4 @@ fn unproven(newest: &Point, standing: PointOutcome) -> Option<String> {
     };
     let why = standing.reason.unwrap_or_default();
     Some(format!("the newest point, {}, is {word}: {why}", newest.name))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn months_are_one_timeline() {
-        assert_eq!(timeline(Path::new("vm/2026-11/sda")), Path::new("vm/sda"));
-        assert_eq!(timeline(Path::new("2026-1x/sda")), Path::new("2026-1x/sda"));
-    }
 }

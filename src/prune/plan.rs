@@ -9,6 +9,7 @@ use jiff::tz::TimeZone;
 
 pub use super::planned::{DiskItems, DiskPlan, Item, Plan, PointPlan, Unmerged};
 
+use super::keep_gone::KeepGone;
 use super::merge::{CanMerge, shortened};
 use super::reason::Reason;
 use crate::layout::Level;
@@ -29,12 +30,14 @@ pub struct Rules {
     pub yearly: usize,
     /// All that are at most so many seconds older than the newest.
     pub within: Option<u64>,
+    /// What stays of disks and VMs that are gone; the others do not apply to them.
+    pub gone: KeepGone,
 }
 
 impl Rules {
-    /// Whether they would keep nothing.
+    /// Whether they would keep nothing of what is not gone.
     pub fn is_empty(&self) -> bool {
-        *self == Rules::default()
+        *self == Rules { gone: self.gone, ..Rules::default() }
     }
 }
 
@@ -64,7 +67,13 @@ pub fn plan(disks: &[DiskItems], rules: &Rules, zone: &TimeZone, options: PlanOp
     for keys in timelines.values_mut() {
         keys.sort_by_key(|k| (item(k).time, *k));
         keys.reverse();
-        by_rules(disks, keys, rules, zone, &mut kept);
+        match keys.first().and_then(|k| disks[k.0].gone.as_ref()) {
+            Some(gone) => {
+                let stay = rules.gone.stay(gone, keys.len());
+                keys.iter().take(stay).for_each(|k| keep(&mut kept, *k, Reason::Gone));
+            }
+            None => by_rules(disks, keys, rules, zone, &mut kept),
+        }
         newest(disks, keys, &mut kept);
     }
     complete_runs(disks, &mut kept);
@@ -152,12 +161,17 @@ fn runs(disks: &[DiskItems]) -> BTreeMap<(PathBuf, &str), Vec<Key>> {
     runs
 }
 
-/// Of each VM the newest of the runs that have most disks.
+/// Of each VM the newest of the runs that have most disks. Those that are gone do not count, where there are others: no
+/// run is complete without them any more.
 fn complete_runs(disks: &[DiskItems], kept: &mut Kept) {
     let runs = runs(disks);
+    let here = disks.iter().filter(|d| d.gone.is_none());
+    let here: BTreeSet<&Path> = here.map(|d| vm(&d.timeline)).collect();
+    let counts = |k: &&Key, vm: &Path| disks[k.0].gone.is_none() || !here.contains(vm);
     let mut best: BTreeMap<&PathBuf, ((usize, i64), &Vec<Key>)> = BTreeMap::new();
     for ((vm, _), keys) in &runs {
-        let timelines: BTreeSet<_> = keys.iter().map(|k| &disks[k.0].timeline).collect();
+        let counted = keys.iter().filter(|k| counts(k, vm));
+        let timelines: BTreeSet<_> = counted.map(|k| &disks[k.0].timeline).collect();
         let newest = keys.iter().map(|k| disks[k.0].items[k.1].time).max().unwrap_or(i64::MIN);
         let rank = (timelines.len(), newest);
         if best.get(vm).is_none_or(|(r, _)| rank > *r) {
@@ -169,12 +183,16 @@ fn complete_runs(disks: &[DiskItems], kept: &mut Kept) {
     }
 }
 
-/// A run that is kept for one disk is kept for all.
+/// A run that is kept for one disk is kept for all; for one that is gone, for those that are gone as well: what is kept
+/// of it for ever must not keep all that was made beside it.
 fn same_runs(disks: &[DiskItems], kept: &mut Kept) {
+    let is_gone = |k: &Key| disks[k.0].gone.is_some();
     for keys in runs(disks).values() {
-        if keys.iter().any(|k| kept.contains_key(k)) {
-            for key in keys.iter().filter(|k| !kept.contains_key(*k)).copied().collect::<Vec<_>>() {
-                keep(kept, key, Reason::SameRun);
+        let stays: Vec<&Key> = keys.iter().filter(|k| kept.contains_key(*k)).collect();
+        let (for_any, for_one_here) = (!stays.is_empty(), stays.iter().any(|k| !is_gone(k)));
+        for key in keys.iter().filter(|k| for_one_here || (for_any && is_gone(k))) {
+            if !kept.contains_key(key) {
+                keep(kept, *key, Reason::SameRun);
             }
         }
     }
@@ -278,7 +296,7 @@ fn disk_plan(d: usize, disk: &DiskItems, kept: &mut Kept, options: PlanOptions<'
         Some(can) => shortened(disk, &mut points, |i, gone| can(d, i, gone)),
         None => Default::default(),
     };
-    DiskPlan { disk: disk.disk.clone(), points, consolidate, not_consolidated }
+    DiskPlan { disk: disk.disk.clone(), gone: disk.gone, points, consolidate, not_consolidated }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::reason::Reason;
+use crate::chain::gone::Gone;
 use crate::layout::Level;
 
 /// One point, as far as the plan needs it.
@@ -41,6 +42,8 @@ pub struct DiskItems {
     pub items: Vec<Item>,
     /// Why nothing of this timeline may be deleted.
     pub held: Option<String>,
+    /// Since when the disk, or its VM, is gone, if it is.
+    pub gone: Option<Gone>,
 }
 
 /// What happens to one point.
@@ -60,6 +63,8 @@ pub struct DiskPlan {
     /// The disk's path.
     #[serde(serialize_with = "crate::text::as_text")]
     pub disk: PathBuf,
+    /// Since when the disk, or its VM, is gone, if it is: `--keep-gone` says what stays of it.
+    pub gone: Option<Gone>,
     /// In chain order.
     pub points: Vec<PointPlan>,
     /// Chains that are shortened: everything of a chain up to this point becomes one new FULL.

@@ -17,6 +17,8 @@ pub enum Reason {
     Yearly(String),
     /// `--keep-within`.
     Within,
+    /// `--keep-gone`: its disk, or VM, is gone.
+    Gone,
     /// The next backup builds on it, or it is the newest at all.
     Newest,
     /// It is of the last run that has all disks.
@@ -54,6 +56,7 @@ impl std::fmt::Display for Reason {
             Reason::Monthly(d) => write!(f, "monthly {d}"),
             Reason::Yearly(d) => write!(f, "yearly {d}"),
             Reason::Within => f.write_str("within"),
+            Reason::Gone => f.write_str("gone"),
             Reason::Newest => f.write_str("newest"),
             Reason::LastCompleteRun => f.write_str("last complete run"),
             Reason::SameRun => f.write_str("another disk of this run is kept"),

@@ -106,6 +106,37 @@ fn disks_points_and_paths_are_offered_where_they_belong() {
     }
 }
 
+/// A configuration of `web` and `db`, the second of which has a mistake.
+fn configured() -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("fleecefs.toml");
+    let vms = "[vms.web]\nqmp = \"/run/w\"\ntarget = \"/b/w\"\n[vms.db]\nlevle = \"x\"\n";
+    std::fs::write(&file, vms).unwrap();
+    let file = file.to_str().unwrap().to_string();
+    (dir, file)
+}
+
+#[test]
+fn configured_vms_are_offered_by_their_names() {
+    if !have("configured_vms_are_offered_by_their_names", &["timeout"]) {
+        return;
+    }
+    let (_dir, file) = configured();
+    let file = file.as_str();
+    assert_eq!(offered(&["backup", "--config-file", file, "--vm", ""]), ["db", "web"]);
+    assert_eq!(offered(&["backup", "--config-file", file, "--vm", "db", "--vm=w"]), ["--vm=web"]);
+    let equal = format!("--config-file={file}");
+    assert_eq!(offered(&["config", "show", &equal, "d"]), ["db"]);
+    let mut known = Command::new(FLEECEFS);
+    known.args(["complete", "--", "backup", "--vm", "w"]).env("FLEECEFS_CONFIG", file);
+    assert_eq!(known.output().unwrap().stdout, b"web\n");
+    // Nothing of what is not there, or may not be trusted.
+    assert!(offered(&["backup", "--config-file", "/nowhere/x", "--vm", ""]).is_empty());
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    std::fs::set_permissions(file, everybody).unwrap();
+    assert!(offered(&["backup", "--config-file", file, "--vm", ""]).is_empty());
+}
+
 #[test]
 fn storage_that_does_not_answer_holds_no_prompt() {
     let name = "storage_that_does_not_answer_holds_no_prompt";
@@ -145,6 +176,9 @@ fn bash_gets_names_quoted_and_from_the_last_colon_on() {
     std::fs::write(&setup, run(FLEECEFS, &["completions", "bash"]).stdout).unwrap();
     let asked = |words: &[&str]| bash(&[&["fleecefs"], words].concat(), &setup);
     assert_eq!(asked(&["show", dir, ""]), r"my\ disk/|vda/|");
+    let (_folder, file) = configured();
+    assert_eq!(asked(&["backup", "--config-file", &file, "--vm", ""]), "db|web|");
+    assert_eq!(asked(&["backup", "--config-file", &file, "--vm", "=", "w"]), "web|");
     assert_eq!(asked(&["show", dir, r"my\ disk/l"]), r"my\ disk/latest|");
     assert_eq!(asked(&["show", dir, "'my disk/l"]), "my disk/latest|");
     assert_eq!(asked(&["files", "ls", dir, "vda/latest", ":"]), "disk/|");
@@ -177,6 +211,7 @@ fn fish_and_zsh_ask_the_program_too() {
     let dir = points.dir.path().to_str().unwrap();
     let folder = Path::new(FLEECEFS).parent().unwrap().to_str().unwrap();
     let path = format!("{folder}:{}", std::env::var("PATH").unwrap());
+    let (_folder, file) = configured();
     for (line, offer) in [
         ("show DIR vda/l", "vda/latest"),
         ("diff DIR vda/latest vda/l", "vda/latest"),
@@ -184,8 +219,11 @@ fn fish_and_zsh_ask_the_program_too() {
         ("list DIR --disk v", "vda"),
         ("list DIR --disk=v", "--disk=vda"),
         ("restore DIR --run l", "latest"),
+        ("backup --config-file FILE --vm w", "web"),
+        ("backup --config-file=FILE --vm=w", "--vm=web"),
+        ("config show --config-file FILE d", "db"),
     ] {
-        let line = line.replace("DIR", dir);
+        let line = line.replace("DIR", dir).replace("FILE", &file);
         let fish = format!("fleecefs completions fish | source; complete -C 'fleecefs {line}'");
         let mut command = Command::new("fish");
         let out = command.args(["-N", "-c", &fish]).env("PATH", &path).output().unwrap();
@@ -199,6 +237,7 @@ fn fish_and_zsh_ask_the_program_too() {
         ("stats DIR --disk=v", "--disk=vda"),
         ("restore DIR --run la", "--run latest"),
         ("link-disk DIR vda my", "vda my\\ disk"),
+        ("backup --config-file FILE --vm w", "--vm web"),
     ] {
         // A terminal of its own, in which keys are pressed.
         let zsh = format!(
@@ -207,7 +246,7 @@ fn fish_and_zsh_ask_the_program_too() {
              zpty -w z \"compdef _fleecefs fleecefs; print rea''dy\"; zpty -r z x '*ready*'
              zpty -n -w z $'fleecefs {}\\t'
              zpty -r z y {} && print -r -- $y",
-            line.replace("DIR", dir),
+            line.replace("DIR", dir).replace("FILE", &file),
             format_args!("'*{}*'", offer.replace('\\', "\\\\")),
         );
         let mut command = Command::new("timeout");

@@ -118,6 +118,7 @@ fn examples_in_the_paper_are_good_configurations() {
         let dir = tempfile::tempdir().unwrap();
         // Programs that the example names are not there.
         let example = example.replace("/usr/local/sbin/", "/nowhere/");
+        let example = example.replace("/usr/sbin/", "/nowhere/");
         std::fs::write(dir.path().join("fleecefs.toml"), &example).unwrap();
         let told = text(&config(dir.path(), &["check"]));
         let wrong = told.lines().filter(|l| !l.contains("/nowhere/") && !l.contains("is good"));

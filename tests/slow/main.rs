@@ -25,5 +25,6 @@ mod odd_disks;
 mod prune_crash;
 mod recover;
 mod release;
+mod thirty_vms;
 mod verbs_crash;
 mod watermark;

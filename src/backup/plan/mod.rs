@@ -11,7 +11,6 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 pub(crate) use self::planned::{DiskPlan, Inputs, Plan, unknown_disk};
-use self::planned::{EXCLUDED, NOT_INCLUDED};
 use super::disks::{GuestDisk, Survey};
 use super::target::history::History;
 use super::{Options, graph, names};
@@ -19,7 +18,7 @@ use crate::chain::nearest;
 use crate::error::{Error, Kind, Result};
 use crate::folder;
 use crate::layout::Level;
-use crate::manifest::Skipped;
+use crate::manifest::{EXCLUDED, NOT_INCLUDED, Skipped};
 
 /// Makes the plan.
 ///
@@ -40,8 +39,13 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
     give_names(options, &mut wanted)?;
     let folders = folders::assign(options, &inputs, &wanted)?;
     for b in &inputs.seen.blocked {
-        if is_wanted(options, &inputs.seen, &b.disk) {
-            plan.refused.push((b.disk.clone(), Error::new(Kind::Busy, b.reason.clone())));
+        let disk = b.disk.clone();
+        if is_wanted(options, &inputs.seen, &disk) {
+            plan.refused.push((disk, Error::new(Kind::Busy, b.reason.clone())));
+        } else {
+            // The manifests name it all the same: the VM has it.
+            let reason = if options.include.is_empty() { EXCLUDED } else { NOT_INCLUDED };
+            plan.skipped.push(Skipped { disk, reason: reason.into() });
         }
     }
     refuse_included(options, &inputs.seen, &mut plan);

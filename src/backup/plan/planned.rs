@@ -8,7 +8,7 @@ use crate::backup::target::target_id::TargetId;
 use crate::backup::target::targets::Folders;
 use crate::error::Error;
 use crate::layout::Level;
-use crate::manifest::{BitmapInfo, Manifest, Skipped};
+use crate::manifest::{BitmapInfo, EXCLUDED, Manifest, NOT_INCLUDED, Skipped};
 
 /// What will be done.
 #[derive(Debug)]
@@ -119,10 +119,6 @@ pub(crate) struct Inputs<'a> {
     /// Points that were tried and cannot be built on.
     pub unsound: &'a [Unsound],
 }
-
-pub(in crate::backup) const NOT_INCLUDED: &str = "not in --include";
-
-pub(in crate::backup) const EXCLUDED: &str = "in --exclude";
 
 /// Whether a disk is skipped because the user wants it so, or as there is none in its drive.
 pub(crate) fn is_unwanted(s: &Skipped) -> bool {

@@ -58,6 +58,7 @@ quiesce = true
 freeze = ["/", "/srv"]
 keep_daily = 7
 keep_within = "2d"
+keep_gone = 3
 compress = "zstd"
 mode = 0o640
 max_age = "36h"
@@ -113,7 +114,7 @@ boot_check = false
     assert!(off.contains(&"--offline=raw:/srv/data.img".into()), "{off:?}");
     let not = ["--qmp", "--agent", "--quiesce", "--freeze"];
     assert!(!off.iter().any(|o| not.iter().any(|n| o.starts_with(n))), "{off:?}");
-    assert_eq!(line(one.options("prune")), ["--keep-daily=7", "--keep-within=2d"]);
+    assert_eq!(line(one.options("prune")), ["--keep-daily=7", "--keep-within=2d", "--keep-gone=3"]);
     assert_eq!(line(one.options("boot")), ["--expect=login:", "--timeout=3m"]);
 }
 
@@ -127,6 +128,14 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
         ("xyzzy = \"red\"", "4:1: unknown key xyzzy"),
         ("keep_daily = \"seven\"", "4:14: keep_daily: 'seven': invalid digit found in string"),
         ("keep_daily = true", "4:14: keep_daily must be a text or a number, not true or false"),
+        (
+            "keep_gone = \"none\"",
+            "4:13: keep_gone: 'none' is not 'all', a number from 1 or a duration like 90d",
+        ),
+        (
+            "keep_gone = 0",
+            "4:13: keep_gone: '0' is not 'all', a number from 1 or a duration like 90d",
+        ),
         (
             "keep_within = \"7\"",
             "4:15: keep_within: '7' is not a duration; use s, m, h, d, w, M or y as in 7d or 1y6M",
@@ -159,6 +168,10 @@ fn typical_mistakes_are_told_with_their_place_and_what_is_right() {
         (
             "level = \"full\"\nfull_every = \"7d\"",
             "5:1: VM a: full_every goes with level = \"auto\"",
+        ),
+        (
+            "verify = \"full\"\nno_hash = true",
+            "5:1: VM a: verify = \"full\" compares with the hash that no_hash leaves out: no night would go well (verify = \"quick\")",
         ),
         ("boot_check.expect = \"(\"", "4:21: boot_check.expect: '(': error: unclosed group"),
         (

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::child::{Ended, Runner, shortened};
 use super::row::VmRow;
-use crate::config::{Vm, check_program};
+use crate::config::check_program;
 use crate::error::{Error, Kind, Result};
 use crate::text;
 
@@ -15,8 +15,13 @@ use crate::text;
 ///
 /// # Errors
 /// One cannot be started, or failed: with its exit code and its last words.
-pub(super) fn run(runner: Runner<'_>, vm: &Vm, key: &'static str, row: &VmRow) -> Result<()> {
-    for words in vm.commands(key) {
+pub(super) fn run(
+    runner: Runner<'_>,
+    commands: &[Vec<String>],
+    key: &'static str,
+    row: &VmRow,
+) -> Result<()> {
+    for words in commands {
         let Some((program, args)) = words.split_first() else { continue };
         let mut command = Command::new(check_program(program)?);
         command.arg0(program).args(args).envs(facts(key, row));

@@ -2,11 +2,14 @@
 //!
 //! Each VM's steps are processes of this program (`child`), so that one that hangs or dies ends no other. `one_vm` knows
 //! their order, `schedule` who runs beside whom, `hooks` the commands of the configuration; what came of a VM is a `row`,
-//! and `summary` prints all of them; `told` keeps for the history what no step did. `standing` tells systemd how far it is.
+//! and `summary` prints all of them; `told` keeps for the history what no step did. `standing` tells systemd how far it is;
+//! `after` tells others what came of it, by `mail` too.
 
+mod after;
 mod args;
 mod child;
 mod hooks;
+mod mail;
 mod one_vm;
 mod row;
 mod schedule;
@@ -26,6 +29,7 @@ use crate::config::{Config, Vm};
 use crate::error::{Error, Kind, Result};
 use crate::folder::Lock;
 use one_vm::Night;
+use row::VmRow;
 
 /// The lock of `--all`.
 const LOCK: &str = "configured.lock";
@@ -46,13 +50,28 @@ pub(super) struct Wanted {
 /// `Usage` if the configuration is wrong for all VMs; `Busy` if another `--all` is at work; as [`summary::verdict`].
 pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> Result<()> {
     let config = args.file.read(program)?;
+    let mut rows = Vec::new();
+    let result = all(args, wanted, &config, &mut rows);
+    if !wanted.dry_run {
+        after::tell(&config, &wanted.state, &rows, result.as_ref().err());
+    }
+    result
+}
+
+/// What came of each VM is in `rows`; none where nothing was begun.
+fn all(
+    args: &ConfiguredArgs,
+    wanted: &Wanted,
+    config: &Config,
+    rows: &mut Vec<VmRow>,
+) -> Result<()> {
     config.notes.iter().for_each(|note| log::warn!("{note}"));
     let common = config.common_problems();
     if !common.is_empty() {
         tell(&common);
         return Err(wrong(common.len()));
     }
-    let vms = chosen(&config, args)?;
+    let vms = chosen(config, args)?;
     let _lock = match args.all && !wanted.dry_run {
         true => Some(lock(&wanted.state)?),
         false => None,
@@ -72,9 +91,9 @@ pub(super) fn run(args: &ConfiguredArgs, wanted: &Wanted, program: Program) -> R
         standing.ends(&vm.name, !row.failures.is_empty());
         row
     };
-    let rows = schedule::side_by_side(jobs.collect(), workers, run);
-    summary::show(&rows, wanted.dry_run, args.json)?;
-    summary::verdict(&rows, (wanted.strict, flag.load(Ordering::Relaxed)))
+    *rows = schedule::side_by_side(jobs.collect(), workers, run);
+    summary::show(rows, wanted.dry_run, args.json)?;
+    summary::verdict(rows, (wanted.strict, flag.load(Ordering::Relaxed)))
 }
 
 /// The VMs that are asked for.

@@ -19,7 +19,7 @@ use crate::qmp::socket::Socket;
 use crate::text::path_text;
 
 /// How long commands may take that run after all else.
-const HOOK_TIME: Duration = Duration::from_secs(600);
+pub(super) const HOOK_TIME: Duration = Duration::from_secs(600);
 
 /// How long a process that changes nothing may take to end: it has nothing to undo.
 const GRACE_OF_PLANS: Duration = Duration::from_secs(10);
@@ -28,6 +28,11 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Nothing ends what has to run in any case but its own time.
 static NEVER: AtomicBool = AtomicBool::new(false);
+
+/// For what runs also where the night is to end: `time` is what it may take.
+pub(super) fn in_any_case(vm: &str, time: Duration, grace: Duration) -> Runner<'_> {
+    Runner { vm, stop: &NEVER, deadline: Instant::now().checked_add(time), grace }
+}
 
 /// A night.
 pub(super) struct Night<'a> {
@@ -110,7 +115,7 @@ impl Night<'_> {
             }
             Found::Wrong(e) => return row.fail("backup", e),
         };
-        match hooks::run(runner, vm, "before", row) {
+        match hooks::run(runner, vm.commands("before"), "before", row) {
             Err(e) => row.fail("before", StepError::from(&e)),
             Ok(()) => self.steps(vm, how, runner, row),
         }
@@ -245,9 +250,8 @@ enum Begun {
 
 /// Runs what has to run whatever came of the rest, and also where the night is to end.
 fn last_hook(vm: &Vm, key: &'static str, row: &mut VmRow) {
-    let deadline = Instant::now().checked_add(HOOK_TIME);
-    let runner = Runner { vm: &vm.name, stop: &NEVER, deadline, grace: GRACE };
-    if let Err(e) = hooks::run(runner, vm, key, row) {
+    let runner = in_any_case(&vm.name, HOOK_TIME, GRACE);
+    if let Err(e) = hooks::run(runner, vm.commands(key), key, row) {
         row.fail(key, StepError::from(&e));
     }
 }

@@ -1,5 +1,7 @@
-//! What came of a VM, for the history: what failed before, between and after its steps, of which each keeps its own run.
+//! What came of a VM, for the history: what failed before, between and after its steps, of which each keeps its own run;
+//! and what failed of the night as a whole.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::one_vm::Night;
@@ -23,6 +25,15 @@ pub(super) fn keep(night: &Night<'_>, vm: &Vm, row: &VmRow) {
     }
     if let Err(e) = history::append(night.state, &entry(vm, row)) {
         log::warn!("the result of VM {} is not in the history: {}", vm.name, e.report());
+    }
+}
+
+/// Keeps that something of the night as a whole failed, of no one VM.
+pub(super) fn note(state: &Path, command: &str, e: &Error) {
+    let mut entry = Entry::begun(command, jiff::Timestamp::now().as_second());
+    entry.end(Duration::ZERO, Some(e));
+    if let Err(e) = history::append(state, &entry) {
+        log::warn!("this is not in the history: {}", e.report());
     }
 }
 

@@ -1,4 +1,5 @@
 use super::*;
+use crate::chain::gone::{Gone, GoneWhat};
 use proptest::prelude::*;
 
 /// Daily backups at 22:00 UTC from the first of January 2023 to the last of December: a FULL
@@ -27,7 +28,7 @@ fn year(incremental: bool) -> DiskItems {
             bytes: 1,
         });
     }
-    DiskItems { disk: "vm/sda".into(), timeline: "vm/sda".into(), items, held: None }
+    DiskItems { disk: "vm/sda".into(), timeline: "vm/sda".into(), items, held: None, gone: None }
 }
 
 fn kept(disks: &[DiskItems], rules: Rules) -> Vec<String> {
@@ -236,7 +237,7 @@ fn forest() -> impl Strategy<Value = DiskItems> {
                 bytes: 1,
             });
         }
-        DiskItems { disk: "d".into(), timeline: "d".into(), items, held: None }
+        DiskItems { disk: "d".into(), timeline: "d".into(), items, held: None, gone: None }
     })
 }
 
@@ -246,11 +247,15 @@ proptest! {
     fn what_is_kept_is_restorable(
         mut disks in prop::collection::vec(forest(), 1..3),
         last in 0usize..5, daily in 0usize..5, weekly in 0usize..3, force: bool,
+        gone in prop::collection::vec(prop::option::of(0i64..200), 2), keep_gone in 0u64..200,
     ) {
         for (i, disk) in disks.iter_mut().enumerate() {
             disk.timeline = format!("vm/{i}").into();
+            disk.gone = gone[i].map(|newest_backup| {
+                Gone { what: GoneWhat::Disk, last_point: 0, newest_backup }
+            });
         }
-        let rules = Rules { last, daily, weekly, ..Default::default() };
+        let rules = Rules { last, daily, weekly, gone: KeepGone::For(keep_gone), ..Default::default() };
         let can_merge = |d: usize, i: usize, _: &_| match (d + i) % 2 {
             0 => Ok(()),
             _ => Err("odd".to_string()),
@@ -272,4 +277,67 @@ proptest! {
             }
         }
     }
+}
+
+/// A disk of daily FULLs that is gone since a hundred days, and one beside it that has runs in common with it.
+fn one_gone() -> [DiskItems; 2] {
+    let here = year(false);
+    let mut other = year(false);
+    (other.disk, other.timeline) = ("vm/sdb".into(), "vm/sdb".into());
+    other.items.truncate(265);
+    let last_point = other.items[264].time;
+    let newest_backup = here.items[364].time;
+    other.gone = Some(Gone { what: GoneWhat::Disk, last_point, newest_backup });
+    [here, other]
+}
+
+#[test]
+fn what_is_gone_has_a_rule_of_its_own_and_keeps_nothing_of_the_others() {
+    let disks = one_gone();
+    let count = |gone: &str| {
+        let rules = Rules { daily: 7, gone: gone.parse().unwrap(), ..Default::default() };
+        let plan = plan(&disks, &rules, &TimeZone::UTC, PlanOptions::default());
+        let kept = |d: usize| plan.disks[d].points.iter().filter(|p| !p.keep.is_empty()).count();
+        assert!(plan.disks[0].gone.is_none() && plan.disks[1].gone.is_some());
+        let newest = &plan.disks[1].points[264].keep;
+        assert!(newest.contains(&Reason::Newest), "{newest:?}");
+        (kept(0), kept(1))
+    };
+    // Nor is a run complete without it any more.
+    assert_eq!(count("all"), (7, 265));
+    assert_eq!(count("3"), (7, 3));
+    assert_eq!(count("100d"), (7, 265));
+    assert_eq!(count("99d"), (7, 1));
+    // A run that is kept for a disk that is there is kept whole.
+    let rules = Rules { monthly: 12, gone: "1".parse().unwrap(), ..Default::default() };
+    let plan = plan(&disks, &rules, &TimeZone::UTC, PlanOptions::default());
+    let january = |d: usize| plan.disks[d].points[30].keep.clone();
+    assert_eq!(january(0), [Reason::Monthly("2023-01".into())]);
+    assert_eq!(january(1), [Reason::SameRun]);
+}
+
+#[test]
+fn of_a_vm_that_is_gone_the_same_runs_stay_of_all_disks() {
+    let [mut first, mut second] = one_gone();
+    second.items = first.items.clone();
+    // Its last run failed for one of them.
+    second.items.pop();
+    for disk in [&mut first, &mut second] {
+        let last_point = disk.items[disk.items.len() - 1].time;
+        disk.gone = Some(Gone { what: GoneWhat::Vm, last_point, newest_backup: last_point + 1 });
+    }
+    let rules = Rules { daily: 7, gone: "1".parse().unwrap(), ..Default::default() };
+    let plan = plan(&[first, second], &rules, &TimeZone::UTC, PlanOptions::default());
+    let kept = |d: usize| {
+        let kept = plan.disks[d].points.iter().filter(|p| !p.keep.is_empty());
+        kept.map(|p| p.point.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(kept(0), ["2023-12-30", "2023-12-31"]);
+    assert_eq!(kept(1), ["2023-12-30"]);
+}
+
+#[test]
+fn a_rule_for_what_is_gone_alone_is_none() {
+    assert!(Rules { gone: "1".parse().unwrap(), ..Default::default() }.is_empty());
+    assert!(!Rules { last: 1, ..Default::default() }.is_empty());
 }

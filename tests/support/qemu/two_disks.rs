@@ -63,7 +63,7 @@ impl Machine {
                 &["create", "-q", "-f", "qcow2", &path(&format!("{name}.qcow2")), &size],
             );
         }
-        let child = Self::boot(dir.path(), more);
+        let child = Self::boot(dir.path(), more, true);
         let qmp = Qmp::connect(&dir.path().join("own.sock"));
         let mut expect = [vec![0; SIZE], vec![0; SIZE]];
         expect[0][..2 * MIB].fill(99);
@@ -71,8 +71,8 @@ impl Machine {
         Machine { dir, child, qmp, expect, byte: 0, more }
     }
 
-    /// QEMU over the images in `dir`.
-    fn boot(dir: &Path, more: &[&str]) -> Process {
+    /// QEMU over the images in `dir`, with `v1` or without.
+    fn boot(dir: &Path, more: &[&str], has_second: bool) -> Process {
         let path = |n: &str| dir.join(n).display().to_string();
         let mut c = Command::new("qemu-system-x86_64");
         c.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-no-user-config", "-display", "none"]);
@@ -92,7 +92,10 @@ impl Machine {
                 path(&format!("{name}.qcow2"))
             ));
         }
-        c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]).args(more);
+        if has_second {
+            c.args(["-device", "virtio-blk-pci,drive=o,id=v1"]);
+        }
+        c.args(more);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
         c.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let child = Process(tied(&mut c).spawn().expect("QEMU starts"));
@@ -112,8 +115,13 @@ impl Machine {
 
     /// Starts it again after [`Machine::off`].
     pub fn on(&mut self) {
+        self.on_with(true);
+    }
+
+    /// As [`Machine::on`], with `v1` or without: the VM may have lost it.
+    pub fn on_with(&mut self, second: bool) {
         let more: Vec<&str> = self.more.iter().map(String::as_str).collect();
-        self.child = Self::boot(self.dir.path(), &more);
+        self.child = Self::boot(self.dir.path(), &more, second);
         self.qmp = Qmp::connect(&self.path("own.sock"));
     }
 
