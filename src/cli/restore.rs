@@ -15,7 +15,7 @@ use super::shared::ForceArgs;
 use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, verbosity};
+use super::{paths, unsound, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
@@ -167,6 +167,7 @@ fn act(args: &RestoreArgs, entry: &mut Entry) -> Result<()> {
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;
     }
+    unsound::warn(&args.state, &catalog, jobs.iter().map(|j| (j.disk, j.point)));
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.work.work(&cancel, &bar);
     let (mut given_up, mut failed) = (0, Vec::new());
@@ -227,8 +228,8 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
             log::warn!("disk {} has no point of this run", path_text(&path));
         }
         for i in &run.missing {
-            let (disk, image) = (path_text(&i.disk), path_text(&i.image));
-            log::error!("disk {disk}: not restored: image {image} of this run is missing");
+            let what = run::missing_text(catalog, i);
+            log::error!("disk {}: not restored: {what}", path_text(&i.disk));
         }
         let to = paths::to_make(to)?;
         let names = names_in_run(args.how.format, &run.points);
@@ -307,7 +308,9 @@ impl OutputArgs {
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(verbosity::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(verbosity::usage(
+                    "a qcow2 file cannot be written to a pipe; name a file, or use --format raw",
+                ));
             }
             return Ok(Target::Stdout);
         }
@@ -315,7 +318,7 @@ impl OutputArgs {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(verbosity::usage("a block device gets the raw disk"));
+                return Err(verbosity::usage("a block device gets the raw disk; use --format raw"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -440,7 +443,8 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
         if job.of_run { make_folder(path) } else { has_folder(path) }?;
     }
-    let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)?;
+    let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)
+        .map_err(|e| with_salvage(e, job))?;
     let given_up = summary.bad.iter().map(|b| b.len).sum();
     for b in &summary.bad {
         log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
@@ -449,6 +453,18 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
         say(&job.target, show_summary(how, &name, &job.target, &summary)?, how.json)?;
     }
     Ok(given_up)
+}
+
+/// Of a part of the backup that cannot be read, what to do.
+fn with_salvage(e: Error, job: &Job<'_>) -> Error {
+    let is_local = matches!(e.kind(), Kind::Io | Kind::Corrupt | Kind::Truncated);
+    let is_layer = |path: &Path| job.disk.points.iter().any(|p| p.source == path);
+    match e.path() {
+        Some(path) if is_local && is_layer(path) => e.remedy(
+            "restore this file from another copy of the backup; or take the rest out with --salvage",
+        ),
+        _ => e,
+    }
 }
 
 /// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,
