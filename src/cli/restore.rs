@@ -22,6 +22,7 @@ use crate::folder::FileId;
 use crate::history::Entry;
 use crate::image::{Cache, open_point};
 use crate::job::Work;
+use crate::manifest::RunImage;
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, run,
 };
@@ -220,6 +221,20 @@ fn check_missing(missing: usize, restored: usize) -> Result<()> {
     Err(Error::new(Kind::Partial, text).remedy("their names are above"))
 }
 
+/// Tells which images of a run are missing, and how many. One whose manifest alone is gone is the run's by its time.
+fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
+    let is = |i: &RunImage| run.points.iter().any(|(d, at)| d.points[*at].name == i.image);
+    let (found, missing): (Vec<_>, Vec<_>) = run.missing.iter().partition(|i| is(i));
+    let what = |i: &RunImage| (path_text(&i.disk), run::missing_text(catalog, i));
+    for (disk, what) in found.into_iter().map(what) {
+        log::warn!("disk {disk}: {what}: it is restored by the time in its name");
+    }
+    for (disk, what) in missing.iter().copied().map(what) {
+        log::error!("disk {disk}: not restored: {what}");
+    }
+    missing.len()
+}
+
 /// What is to be restored, and how many images of a run are missing.
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
@@ -227,10 +242,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
         for path in &run.without {
             log::warn!("disk {} has no point of this run", path_text(&path));
         }
-        for i in &run.missing {
-            let what = run::missing_text(catalog, i);
-            log::error!("disk {}: not restored: {what}", path_text(&i.disk));
-        }
+        let missing = tell_missing(catalog, &run);
         let to = paths::to_make(to)?;
         let names = names_in_run(args.how.format, &run.points);
         let job = |((disk, point), (name, format)): (&(&'a Disk, usize), (PathBuf, FileFormat))| {
@@ -238,7 +250,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
             Ok(Job { disk, point: *point, target, of_run: true })
         };
         let jobs = run.points.iter().zip(names).map(job).collect::<Result<Vec<_>>>()?;
-        return check_apart(&jobs).map(|()| (jobs, run.missing.len()));
+        return check_apart(&jobs).map(|()| (jobs, missing));
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
         return Err(verbosity::usage("name POINT and TARGET, or --run and --to"));

@@ -312,6 +312,12 @@ fn the_newest_run_is_the_one_with_the_latest_names() {
     let (exit, said) = fleecefs(&["config", root]);
     assert!(exit == Some(12) && said.contains(older), "{said}");
     assert!(said.contains("the manifest of image INC-200-b of this run is missing"), "{said}");
+    // By its time it is restored all the same.
+    let to = tempfile::tempdir().unwrap();
+    let to = to.path().join("vm").display().to_string();
+    let (_, said) = fleecefs(&["restore", root, "--run", "latest", "--to", &to, "-n"]);
+    assert!(!said.contains("not restored: the manifest"), "{said}");
+    assert!(said.contains("of image INC-200-b of this run is missing: it is restored"), "{said}");
     std::fs::remove_file(b.path("b/INC-200-b")).unwrap();
     let (exit, said) = fleecefs(&["config", root]);
     assert!(exit == Some(12) && said.contains(older), "{said}");
