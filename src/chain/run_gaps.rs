@@ -37,6 +37,14 @@ fn names_of(m: &Manifest) -> impl Iterator<Item = &str> {
     [Some(m.image.as_str()), m.state_of.as_deref()].into_iter().flatten()
 }
 
+/// Whether an image of this name is there without a manifest that can be read: nothing tells then of which run it is.
+pub(crate) fn has_bare_image(catalog: &Catalog, image: &str) -> bool {
+    let is_bare = |d: &Disk| {
+        (0..d.points.len()).any(|at| d.points[at].name == image && manifest_of(d, at).is_none())
+    };
+    catalog.disks.iter().any(is_bare)
+}
+
 /// What is missing of each VM's newest run. (Of older runs it may have been pruned, or merged into something.)
 pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
     let mut vms: BTreeMap<String, Vec<(&Disk, Manifest)>> = BTreeMap::new();
@@ -55,22 +63,28 @@ pub(crate) fn run_gaps(catalog: &Catalog) -> Vec<Finding> {
         };
         let run = all.iter().max_by_key(|one| time(one))?.1.run.clone();
         all.retain(|(_, m)| m.run == run);
-        gap(&all, &told)
+        gap(catalog, &all, &told)
     };
     vms.into_values().filter_map(newest_run).collect()
 }
 
-fn gap(run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {
+fn gap(catalog: &Catalog, run: &[(&Disk, Manifest)], told: &HashSet<&OsStr>) -> Option<Finding> {
     let manifests: Vec<&Manifest> = run.iter().map(|(_, m)| m).collect();
     let mut missing = missing_of_run(&manifests);
     missing.retain(|i| !told.contains(OsStr::new(&i.image)));
     let (disk, m) = run.first().filter(|_| !missing.is_empty())?;
-    let name = |i: &RunImage| format!("{} of disk {}", path_text(&i.image), path_text(&i.disk));
-    let names: Vec<String> = missing.iter().map(name).collect();
+    let is_bare: Vec<bool> = missing.iter().map(|i| has_bare_image(catalog, &i.image)).collect();
+    let name = |(i, bare): (&RunImage, &bool)| {
+        let what = if *bare { "the manifest of " } else { "" };
+        format!("{what}{} of disk {}", path_text(&i.image), path_text(&i.disk))
+    };
+    let names: Vec<String> = missing.iter().zip(&is_bare).map(name).collect();
     let what =
         format!("the newest backup (run {}) is incomplete: missing {}", m.run, names.join(", "));
-    let e = Error::new(Kind::Incomplete, what)
-        .remedy("restore the missing image and its manifest from another copy, or back up again");
+    let e = Error::new(Kind::Incomplete, what).remedy(match is_bare.iter().all(|bare| *bare) {
+        true => "restore the missing manifest from another copy, or back up again",
+        false => "restore the missing image and its manifest from another copy, or back up again",
+    });
     Some(Finding::from_error(&e, &disk.points.last()?.source))
 }
 

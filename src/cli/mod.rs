@@ -46,6 +46,7 @@ mod status;
 mod survey;
 mod table;
 mod umount;
+mod unsound;
 mod values;
 mod verbosity;
 mod verbs;

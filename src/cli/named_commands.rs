@@ -1,5 +1,6 @@
 //! Every command that papers, help texts and messages name can be typed: it parses, and has the options that they say.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -8,6 +9,9 @@ use clap::{CommandFactory, Parser};
 use super::args::Cli;
 use super::habits;
 use crate::text::path_text;
+
+/// Options of other programs that papers name alone.
+const OTHERS: [&str; 1] = ["--security-info"];
 
 /// A command that a text names.
 struct Named {
@@ -113,8 +117,27 @@ fn files(folder: &str, ending: &str) -> Vec<PathBuf> {
 fn in_code<'a>(at: &Path, lines: impl Iterator<Item = &'a str>) -> Vec<Named> {
     let text: Vec<&str> = lines.map(str::trim).collect();
     let text = text.join("\n").replace("\\\n", " ");
-    let lines = text.lines().flat_map(|l| l.split("; "));
-    lines.filter_map(|l| Named::of(at, l.trim(), true)).collect()
+    let lines: Vec<&str> = text.lines().flat_map(|l| l.split("; ")).map(str::trim).collect();
+    let mut all: Vec<Named> = lines.iter().filter_map(|l| Named::of(at, l, true)).collect();
+    all.extend(lines.iter().flat_map(|l| further_on(at, l)));
+    all
+}
+
+/// The commands that do not begin a line: after `&&`, `sudo` or a prompt, by their whole path, or in the settings of
+/// another program (`command="fleecefs ..."`).
+fn further_on(at: &Path, line: &str) -> Vec<Named> {
+    let program = Cli::command();
+    let found = line.match_indices("fleecefs ").filter(|(i, _)| *i > 0);
+    let command = |(i, _): (usize, &str)| {
+        let (before, text) = line.split_at(i);
+        let before = before.chars().next_back().filter(|c| " /=\"'".contains(*c))?;
+        let text = if "\"'".contains(before) { text.split(before).next()? } else { text };
+        // Else it is a word in a comment.
+        let first = words(text).into_iter().nth(1)?;
+        program.find_subcommand(&first)?;
+        Named::of(at, text, false)
+    };
+    found.filter_map(command).collect()
 }
 
 /// The commands in a paper: in code of its own, and between backticks.
@@ -134,6 +157,29 @@ fn in_paper(path: &Path) -> Vec<Named> {
     let prose = prose.join(" ");
     all.extend(prose.split('`').skip(1).step_by(2).filter_map(|c| Named::of(path, c, false)));
     all
+}
+
+/// The options that stand alone between backticks in a paper, without their values.
+fn options_in_paper(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap();
+    let prose: Vec<&str> = text.lines().filter(|l| !l.starts_with("    ")).collect();
+    let prose = prose.join(" ");
+    let alone = prose.split('`').skip(1).step_by(2).filter(|c| c.starts_with("--"));
+    let name = |c: &str| {
+        let is_of_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        c.chars().take_while(|c| is_of_name(*c)).collect::<String>()
+    };
+    // `--keep-...` stands for several, `--` for itself.
+    alone.map(name).filter(|n| n.len() > 2 && !n.ends_with('-')).collect()
+}
+
+/// All long options of a command and of those below it, with the names that they once had.
+fn options_of(command: &clap::Command, all: &mut BTreeSet<String>) {
+    for arg in command.get_arguments() {
+        let aliases = arg.get_all_aliases().unwrap_or_default();
+        all.extend(arg.get_long().into_iter().chain(aliases).map(|n| format!("--{n}")));
+    }
+    command.get_subcommands().for_each(|c| options_of(c, all));
 }
 
 /// The commands in quotes in a source file, of which messages and help texts are made.
@@ -182,6 +228,26 @@ fn commands_in_papers_can_be_typed() {
 }
 
 #[test]
+fn options_that_papers_name_are_there() {
+    let mut program = Cli::command();
+    program.build();
+    let mut known = BTreeSet::new();
+    options_of(&program, &mut known);
+    // `virsh dumpxml`; `contrib/install.sh`; `contrib/demo.sh`; `qemu-img`, where its name stands before.
+    known.extend(OTHERS.map(String::from));
+    let papers = files("contrib", ".md").into_iter().chain([root().join("README.md")]);
+    // This one has the options of the other program.
+    let papers: Vec<PathBuf> = papers.filter(|p| !p.ends_with("from-qmpbackup.md")).collect();
+    let named: Vec<(&PathBuf, String)> = papers
+        .iter()
+        .flat_map(|p| options_in_paper(p).into_iter().map(move |option| (p, option)))
+        .collect();
+    let wrong: Vec<_> = named.iter().filter(|(_, option)| !known.contains(option)).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    assert!(named.len() >= 100, "only {} found", named.len());
+}
+
+#[test]
 fn commands_in_help_and_messages_can_be_typed() {
     check(&in_help(&Cli::command()), 50);
     let sources = files("src", ".rs");
@@ -218,6 +284,17 @@ fn what_cannot_be_typed_is_found() {
     for right in ["fleecefs restore", "fleecefs prune DIR --keep-daily N ...", "verify --create"] {
         assert_eq!(problem(right, false), None);
     }
+    // Wherever in a line it stands.
+    for line in [
+        "$ mkdir /b && fleecefs health --nagois",
+        "command[x]=/usr/local/bin/fleecefs health /b --max-agee 1h",
+        "restrict,command=\"fleecefs replicate --recieve=/srv\" ssh-ed25519 AAAA",
+        "systemctl start x   # or: sudo fleecefs backup --every-vm",
+    ] {
+        let named = in_code(Path::new("x"), [line].into_iter());
+        assert!(named.len() == 1 && named[0].problem().is_some(), "{line}");
+    }
+    assert!(in_code(Path::new("x"), ["sync   # as fleecefs does"].into_iter()).is_empty());
     assert_eq!(
         problem("fleecefs restore /b sda/latest - | cat --no-such # --nor-this", true),
         None

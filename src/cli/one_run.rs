@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use crate::chain::{Catalog, Disk, manifest_of, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, RunImage};
 use crate::restore::run;
 use crate::restore::run::Guest;
 use crate::text::path_text;
+use crate::units::iso_time;
 
 /// A point of the chosen ones.
 pub(super) struct ChosenPoint<'a> {
@@ -68,16 +69,20 @@ fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>
     for path in &run.without {
         log::warn!("disk {} has no point of this run", path_text(path));
     }
-    match run.missing.first() {
-        None => Ok(run.points),
-        Some(i) => Err(is_missing(&i.image)),
-    }
+    let Some(i) = run.missing.first() else { return Ok(run.points) };
+    let e = is_missing(catalog, i);
+    Err(match run::whole_before(catalog, &run) {
+        Some((id, time)) => {
+            let older = format!("name an older run: {} of {}", path_text(&id), iso_time(time));
+            e.remedy(format!("{older} has all disks; or name a point of each of the other disks"))
+        }
+        None => e.remedy("name a point of each of the other disks, as DISK/latest"),
+    })
 }
 
-/// That an image of a run is missing.
-pub(super) fn is_missing(image: &str) -> Error {
-    let what = format!("image {} of this run is missing", path_text(image));
-    Error::new(Kind::Incomplete, what).remedy("name the points of the other disks")
+/// That an image of a run is missing, or its manifest.
+pub(super) fn is_missing(catalog: &Catalog, image: &RunImage) -> Error {
+    Error::new(Kind::Incomplete, run::missing_text(catalog, image))
 }
 
 /// The same of points that were found.

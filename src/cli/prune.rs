@@ -80,6 +80,7 @@ fn act(args: &PruneArgs, entry: &mut Entry) -> Result<()> {
     }
     if args.dry_run {
         let catalog = catalog(&args.dir)?;
+        catalog.check_any()?;
         let plan = make(&catalog, &rules, args)?;
         show(&plan, args.json, true)?;
         return verdict(&plan);
@@ -87,6 +88,7 @@ fn act(args: &PruneArgs, entry: &mut Entry) -> Result<()> {
     // Nothing is made, not even a lock, where there is nothing: it may be a mount point.
     check_not_empty(&args.dir)?;
     let (catalog, locks) = locked(&args.dir)?;
+    catalog.check_any()?;
     let plan = make(&catalog, &rules, args)?;
     if args.json || !verbosity::is_quiet() {
         show(&plan, args.json, false)?;

@@ -212,7 +212,7 @@ pub(super) fn cancel(args: CancelArgs) -> Result<()> {
             path_text(&s.run),
             s.pid
         )),
-        None => Err(args.of.not_running(&vm)),
+        None => Err(args.of.nothing_to_end(&args.state, &vm)?),
     }
 }
 

@@ -119,11 +119,7 @@ pub(super) fn run(args: &ReplicateArgs) -> Result<()> {
         check_apart(&root, &to_make(path)?)?;
     }
     let catalog = catalog(source)?;
-    if catalog.disks.is_empty() {
-        return Err(Error::new(Kind::NotFound, "no backup in this directory")
-            .at_path(&root)
-            .remedy("is its file system mounted?"));
-    }
+    catalog.check_any()?;
     let (mut report, ended) = match &target {
         Target::Here(path) => here(path, rules, &catalog, options, args)?,
         Target::Remote(remote) => there(remote, &catalog, options, args)?,

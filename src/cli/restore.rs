@@ -15,13 +15,14 @@ use super::shared::ForceArgs;
 use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, verbosity};
+use super::{paths, unsound, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::history::Entry;
 use crate::image::{Cache, open_point};
 use crate::job::Work;
+use crate::manifest::RunImage;
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, run,
 };
@@ -167,6 +168,7 @@ fn act(args: &RestoreArgs, entry: &mut Entry) -> Result<()> {
     for job in &jobs {
         check_target(&args.how, &catalog, job)?;
     }
+    unsound::warn(&args.state, &catalog, jobs.iter().map(|j| (j.disk, j.point)));
     let (cancel, bar) = (cancel_flag()?, Bar::default());
     let work = args.work.work(&cancel, &bar);
     let (mut given_up, mut failed) = (0, Vec::new());
@@ -219,6 +221,20 @@ fn check_missing(missing: usize, restored: usize) -> Result<()> {
     Err(Error::new(Kind::Partial, text).remedy("their names are above"))
 }
 
+/// Tells which images of a run are missing, and how many. One whose manifest alone is gone is the run's by its time.
+fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
+    let is = |i: &RunImage| run.points.iter().any(|(d, at)| d.points[*at].name == i.image);
+    let (found, missing): (Vec<_>, Vec<_>) = run.missing.iter().partition(|i| is(i));
+    let what = |i: &RunImage| (path_text(&i.disk), run::missing_text(catalog, i));
+    for (disk, what) in found.into_iter().map(what) {
+        log::warn!("disk {disk}: {what}: it is restored by the time in its name");
+    }
+    for (disk, what) in missing.iter().copied().map(what) {
+        log::error!("disk {disk}: not restored: {what}");
+    }
+    missing.len()
+}
+
 /// What is to be restored, and how many images of a run are missing.
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
@@ -226,10 +242,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
         for path in &run.without {
             log::warn!("disk {} has no point of this run", path_text(&path));
         }
-        for i in &run.missing {
-            let (disk, image) = (path_text(&i.disk), path_text(&i.image));
-            log::error!("disk {disk}: not restored: image {image} of this run is missing");
-        }
+        let missing = tell_missing(catalog, &run);
         let to = paths::to_make(to)?;
         let names = names_in_run(args.how.format, &run.points);
         let job = |((disk, point), (name, format)): (&(&'a Disk, usize), (PathBuf, FileFormat))| {
@@ -237,7 +250,7 @@ fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, u
             Ok(Job { disk, point: *point, target, of_run: true })
         };
         let jobs = run.points.iter().zip(names).map(job).collect::<Result<Vec<_>>>()?;
-        return check_apart(&jobs).map(|()| (jobs, run.missing.len()));
+        return check_apart(&jobs).map(|()| (jobs, missing));
     }
     let (Some(point), Some(target)) = (&args.point, &args.target) else {
         return Err(verbosity::usage("name POINT and TARGET, or --run and --to"));
@@ -307,7 +320,9 @@ impl OutputArgs {
     fn target(&self, path: &Path) -> Result<Target> {
         if paths::is_stdout(path) {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(verbosity::usage("a qcow2 file cannot be written to a pipe"));
+                return Err(verbosity::usage(
+                    "a qcow2 file cannot be written to a pipe; name a file, or use --format raw",
+                ));
             }
             return Ok(Target::Stdout);
         }
@@ -315,7 +330,7 @@ impl OutputArgs {
         let is_device = folder::look(path).is_ok_and(|m| m.file_type().is_block_device());
         if is_device {
             if self.format == Some(FileFormat::Qcow2) {
-                return Err(verbosity::usage("a block device gets the raw disk"));
+                return Err(verbosity::usage("a block device gets the raw disk; use --format raw"));
             }
             return Ok(Target::Device(path.to_path_buf()));
         }
@@ -440,7 +455,8 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
     if let Target::Raw(path) | Target::Qcow2(path, _) = &job.target {
         if job.of_run { make_folder(path) } else { has_folder(path) }?;
     }
-    let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)?;
+    let summary = crate::restore::restore(&image, &plan, &job.target, &how.options(), work)
+        .map_err(|e| with_salvage(e, job))?;
     let given_up = summary.bad.iter().map(|b| b.len).sum();
     for b in &summary.bad {
         log::error!("{} bytes at {:#x} are zeros in the result: {}", b.len, b.start, b.reason);
@@ -449,6 +465,18 @@ fn one(how: &OutputArgs, job: &Job, work: &Work) -> Result<u64> {
         say(&job.target, show_summary(how, &name, &job.target, &summary)?, how.json)?;
     }
     Ok(given_up)
+}
+
+/// Of a part of the backup that cannot be read, what to do.
+fn with_salvage(e: Error, job: &Job<'_>) -> Error {
+    let is_local = matches!(e.kind(), Kind::Io | Kind::Corrupt | Kind::Truncated);
+    let is_layer = |path: &Path| job.disk.points.iter().any(|p| p.source == path);
+    match e.path() {
+        Some(path) if is_local && is_layer(path) => e.remedy(
+            "restore this file from another copy of the backup; or take the rest out with --salvage",
+        ),
+        _ => e,
+    }
 }
 
 /// The target's folder has to be there: a mistyped one, or that of a file system that is not mounted,

@@ -1,5 +1,6 @@
 //! `fleecefs show`: all that is known about one point.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -9,7 +10,7 @@ use super::health::{self, Booted, Boots, Health};
 use super::paths::catalog;
 use super::state::StateArgs;
 use super::table::level_name;
-use crate::chain::{Disk, POINT_HELP};
+use crate::chain::{Disk, POINT_HELP, manifest_of};
 use crate::error::{Error, Kind, Result};
 use crate::folder::PlainName;
 use crate::manifest::{Achieved, ConfigFile, Manifest, vm_name, vm_uuid};
@@ -59,7 +60,10 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
     };
     let manifest = manifest::read(dir, image)?;
     if let Some(name) = &args.config {
-        return print_config(dir, manifest.as_ref(), name);
+        return print_config(dir, manifest.as_ref(), name).map_err(|e| match e.kind() {
+            Kind::NotFound => e.remedy(kept_elsewhere(disk, name)),
+            _ => e,
+        });
     }
     let last = health::memory(&args.state, &catalog).of(disk).into_iter().nth(point).flatten();
     let health = Health::of(&disk.points[point], last);
@@ -73,13 +77,8 @@ pub(super) fn run(args: ShowArgs) -> Result<()> {
 fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<()> {
     let files = manifest.map(|m| m.config_files.as_slice()).unwrap_or_default();
     let file = files.iter().find(|c| base_name(c) == name).ok_or_else(|| {
-        let names: Vec<String> = files.iter().map(|c| path_text(&base_name(c))).collect();
         let what = format!("no file '{}' was kept with this point", path_text(name));
-        let remedy = match names.is_empty() {
-            true => "no file was kept: 'backup --config FILE' keeps one".into(),
-            false => format!("kept files: {}", names.join(", ")),
-        };
-        Error::new(Kind::NotFound, what).remedy(remedy)
+        Error::new(Kind::NotFound, what)
     })?;
     let failed = |e| Error::io(e, "cannot read the kept file").at_path(dir.join(&file.stored));
     let side =
@@ -93,6 +92,28 @@ fn print_config(dir: &Path, manifest: Option<&Manifest>, name: &str) -> Result<(
             .remedy("restore this file from another copy of the backup"));
     }
     output::written_by_others(|out| out.write_all(&bytes))
+}
+
+/// Where a kept file of this name is, else which files there are: the newest point need not have one.
+fn kept_elsewhere(disk: &Disk, name: &str) -> String {
+    let mut others = BTreeSet::new();
+    for at in (0..disk.points.len()).rev() {
+        let files = manifest_of(disk, at).map(|m| m.config_files).unwrap_or_default();
+        if files.iter().any(|c| base_name(c) == name) {
+            let point = path_text(&disk.path.join(&disk.points[at].name));
+            return format!("the newest one is with {point}: name that point");
+        }
+        others.extend(files.iter().map(|c| path_text(&base_name(c))));
+    }
+    match others.is_empty() {
+        true => {
+            "with no point of this disk a file was kept: 'backup --config FILE' keeps one".into()
+        }
+        false => {
+            let others = others.into_iter().collect::<Vec<_>>().join(", ");
+            format!("files kept with points of this disk: {others}")
+        }
+    }
 }
 
 fn base_name(file: &ConfigFile) -> &str {

@@ -63,6 +63,31 @@ impl RunArgs {
         self.target.is_some()
     }
 
+    /// What to say to whoever wants to end a backup that no longer runs; it may have left something.
+    ///
+    /// # Errors
+    /// What it has left cannot be read.
+    pub(super) fn nothing_to_end(&self, state: &StateArgs, vm: &Address) -> Result<Error> {
+        Ok(match journal::pending(&state.dir()?, vm)? {
+            Some(left) => {
+                Error::new(Kind::NotFound, what_is_left(&left)).remedy(self.how_to_recover(state))
+            }
+            None => self.not_running(vm),
+        })
+    }
+
+    /// How the rest of an interrupted backup is cleaned up.
+    fn how_to_recover(&self, state: &StateArgs) -> String {
+        let of = match (&self.target, &self.qemu.qmp) {
+            (Some(target), _) => format!("--target {}", path_text(target)),
+            (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
+        };
+        let owner = if state.is_owners() { "--as-owner " } else { "" };
+        let state = state.given().map(|d| format!(" --state-dir {}", path_text(d)));
+        let state = state.unwrap_or_default();
+        format!("'fleecefs {owner}recover {of}{state}' or the next backup cleans up")
+    }
+
     /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
     pub(super) fn not_running(&self, vm: &Address) -> Error {
         if let Some(target) = &self.target {
@@ -147,10 +172,14 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
         };
     }
     if let Some(left) = journal::pending(&state, &vm)? {
+        let what = what_is_left(&left);
         let left = Unfinished { state: "interrupted", run: left.run, target: left.target };
         return match args.print.json {
             true => output::print(&output::json_document(&left)?),
-            false => output::print_sentences(&interrupted(&left, args)),
+            false => {
+                let how = args.of.how_to_recover(&args.state);
+                output::print_sentences(&format!("{what}: {how}\n"))
+            }
         };
     }
     // Whoever watches a socket that is not there has mistyped it, or the VM is off.
@@ -174,26 +203,16 @@ fn running(s: &Status) -> Value {
         "disks": disks.collect::<Vec<_>>()})
 }
 
-fn interrupted(left: &Unfinished, args: &StatusArgs) -> String {
-    let mut text = match left.run.as_str() {
+/// What a run has left that did not end in order.
+fn what_is_left(left: &journal::Pending) -> String {
+    match left.run.as_str() {
         "" => "an interrupted backup has left unfinished images".to_string(),
         run => format!(
             "no backup is running; backup {} to {} was interrupted",
             path_text(&run),
             path_text(&left.target)
         ),
-    };
-    let of = match (&args.of.target, &args.of.qemu.qmp) {
-        (Some(target), _) => format!("--target {}", path_text(target)),
-        (None, qmp) => format!("--qmp {}", path_text(&qmp.clone().unwrap_or_default())),
-    };
-    let owner = if args.state.is_owners() { "--as-owner " } else { "" };
-    let state = args.state.given().map(|d| format!(" --state-dir {}", path_text(d)));
-    text += &format!(
-        ": 'fleecefs {owner}recover {of}{}' or the next backup cleans up\n",
-        state.unwrap_or_default()
-    );
-    text
+    }
 }
 
 fn text(s: &Status) -> String {

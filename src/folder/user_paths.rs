@@ -9,13 +9,17 @@ use std::path::{Path, PathBuf};
 
 use super::Folder;
 use crate::error::{Error, Kind, Result};
+use crate::text::path_text;
 
 /// A backup directory, which has to exist.
 ///
 /// # Errors
 /// As the exit codes say; a refusal where a link of somebody else's leads to what isn't his.
 pub(crate) fn backups(path: &Path) -> Result<PathBuf> {
-    resolved(path, "cannot read the backup directory")
+    resolved(path, "cannot read the backup directory").map_err(|e| match e.kind() {
+        Kind::NotFound => e.remedy("name another, or mount the file system that it is on"),
+        _ => e,
+    })
 }
 
 /// Something that has to exist; `what` begins the message if it does not.
@@ -31,7 +35,10 @@ pub(crate) fn resolved(path: &Path, what: &str) -> Result<PathBuf> {
 /// # Errors
 /// As [`backups`]; `Usage` if it is something else.
 pub(crate) fn existing_folder(path: &Path, what: &str) -> Result<PathBuf> {
-    let real = resolved(path, &format!("cannot use {what}"))?;
+    let real = resolved(path, &format!("cannot use {what}")).map_err(|e| match e.kind() {
+        Kind::NotFound => e.remedy(format!("make it first: 'mkdir -p {}'", path_text(&path))),
+        _ => e,
+    })?;
     if !super::is_folder(&real) {
         return Err(Error::new(Kind::Usage, format!("{what} is not a directory")).at_path(path));
     }

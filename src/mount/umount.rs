@@ -7,6 +7,7 @@ use super::holders;
 use super::table::{self, Mount, Server};
 use crate::error::{Error, Kind, Result};
 use crate::folder;
+use crate::text::path_text;
 
 /// How long the serving process gets to end after its mount is gone.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,6 +68,6 @@ fn ours(mount: Mount) -> Result<Mount> {
     if mount.is_fleecefs() {
         return Ok(mount);
     }
-    let text = format!("this is a {} mount, not one of fleecefs", mount.fstype);
+    let text = format!("this is a mount of type {}, not one of fleecefs", path_text(&mount.fstype));
     Err(Error::new(Kind::Usage, text).at_path(&mount.path).remedy("use umount(8)"))
 }

@@ -343,8 +343,9 @@ fn connect_error(e: io::Error, path: &Path) -> Error {
         return in_use(path);
     }
     if refused {
-        return Error::new(Kind::Peer, "nothing listens on the socket: is QEMU running?")
-            .at_path(path);
+        return Error::new(Kind::Peer, "nothing listens on the socket")
+            .at_path(path)
+            .remedy("is QEMU running, and was it given this address?");
     }
     Error::io(e, "cannot connect").at_path(path)
 }

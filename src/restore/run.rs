@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of, missing_of_run, nearest};
+use crate::chain::{Catalog, Disk, has_bare_image, manifest_of, missing_of_run, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
@@ -14,6 +14,9 @@ use crate::manifest;
 use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 use crate::units::{iso_time, parse_when};
+
+/// How many runs before one that is not whole are looked at for one that is: each look reads all manifests.
+const MOST_OLDER: usize = 8;
 
 /// What a run consists of.
 #[derive(Debug, Default)]
@@ -299,6 +302,7 @@ fn check_one(name: &str, ids: &BTreeSet<&str>) -> Result<()> {
 /// # Errors
 /// `NotFound` if there is none; `Usage` if a time fits several runs of one VM.
 pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
+    catalog.check_any()?;
     let all = members(catalog);
     let meant = SelectedPoints::by(&all, &RunSelector::of(name))?;
     let found: Vec<&RunPoint<'_>> = all.iter().filter(|m| meant.has(m)).collect();
@@ -327,6 +331,39 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
         false
     });
     Ok(Run { points, without, missing })
+}
+
+/// The id and time of the newest run before `run` that has all disks of this VM; `None` if there is none, or if they are
+/// several VMs.
+pub(crate) fn whole_before(catalog: &Catalog, run: &Run<'_>) -> Option<(String, i64)> {
+    let all = members(catalog);
+    let of_run = |m: &&RunPoint<'_>| {
+        run.points.iter().any(|(disk, point)| m.disk.path == disk.path && m.point == *point)
+    };
+    let own: Vec<&RunPoint<'_>> = all.iter().filter(of_run).collect();
+    let guest = own.first().map(|m| &m.guest).filter(|g| own.iter().all(|m| m.guest == **g))?;
+    let begun = own.iter().map(|m| m.when).min()?;
+    let mut older: BTreeMap<&str, PointTime> = BTreeMap::new();
+    for m in all.iter().filter(|m| m.guest == *guest && m.when < begun) {
+        let Some(id) = m.id.as_deref() else { continue };
+        let when = older.entry(id).or_insert(m.when);
+        *when = m.when.max(*when);
+    }
+    let mut older: Vec<(PointTime, &str)> =
+        older.into_iter().map(|(id, when)| (when, id)).collect();
+    older.sort_unstable_by(|a, b| b.cmp(a));
+    let is_whole = |id: &str| {
+        find(catalog, id).is_ok_and(|run| run.missing.is_empty() && run.without.is_empty())
+    };
+    let (when, id) = older.into_iter().take(MOST_OLDER).find(|(_, id)| is_whole(id))?;
+    Some((id.to_string(), when.time))
+}
+
+/// What is missing of a run: an image, or, where the image is there, the manifest that says of which run it is.
+pub(crate) fn missing_text(catalog: &Catalog, image: &RunImage) -> String {
+    let what =
+        if has_bare_image(catalog, &image.image) { "the manifest of image" } else { "image" };
+    format!("{what} {} of this run is missing", path_text(&image.image))
 }
 
 /// What the runs of a backup directory can be called: times and ids.

@@ -226,6 +226,7 @@ fn choose<'a>(
         }
     }
     if !may_be_none && all.is_empty() {
+        catalog.check_any()?;
         return Err(Error::new(Kind::NotFound, "no backup point to verify")
             .at_path(&catalog.root)
             .remedy("'fleecefs list DIR' shows what there is"));

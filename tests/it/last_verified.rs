@@ -198,6 +198,17 @@ fn damage_that_verify_found_is_not_forgotten() {
     let table = s.table();
     assert_eq!(table.matches("UNSOUND just now").count(), 2, "{table}");
     assert!(table.contains("\nUNSOUND: "), "{table}");
+    // A restore reads no hashes: it says what is known, and which point is sound.
+    let sound = format!("sda/{}", s.files[0].file_name().unwrap().to_str().unwrap());
+    for (point, wrong) in [("sda/latest", true), (sound.as_str(), false)] {
+        let mut restore = s.command(&["restore", "--force"]);
+        restore.arg(&s.backups).arg(point).arg(s.state.join("out.raw"));
+        let out = restore.output().unwrap();
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(out.status.success(), "{said}");
+        assert_eq!(said.contains("'verify' has found an error in this point"), wrong, "{said}");
+        assert_eq!(said.contains(&format!("the newest sound point is {sound}")), wrong, "{said}");
+    }
 }
 
 #[test]

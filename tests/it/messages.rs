@@ -61,6 +61,43 @@ fn a_mistyped_name_is_answered_with_those_that_are_alike() {
     }
 }
 
+/// What is missing is named with what to do, also where nothing is alike.
+#[test]
+fn what_is_not_there_is_told_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, root) = (dir.path().join("state"), dir.path().join("backups"));
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("notes.txt"), "not a backup").unwrap();
+    let none = dir.path().join("none");
+    let (root, none) = (root.to_str().unwrap(), none.to_str().unwrap());
+    let said = |args: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let out = c.args(args).env("FLEECEFS_STATE_DIR", &state).output().unwrap();
+        assert_eq!(out.status.code(), Some(3), "{args:?}: {out:?}");
+        String::from_utf8(out.stderr).unwrap()
+    };
+    // A mount point has to be made, and the backups' own file system may not be mounted.
+    assert!(said(&["mount", root, none]).contains(&format!("(make it first: 'mkdir -p {none}')")));
+    for args in [&["list", none][..], &["verify", none], &["restore", none, "a/latest", "x"]] {
+        let text = said(args);
+        assert!(text.contains("mount the file system that it is on"), "{args:?}: {text}");
+    }
+    for args in [
+        &["restore", root, "--run", "latest", "--to", none][..],
+        &["live-restore", root, "--to", none],
+        &["boot", root, "--print"],
+        &["config", root],
+        &["prune", root, "--keep-last", "1"],
+        &["prune", root, "--keep-last", "1", "-n"],
+        &["verify", root],
+    ] {
+        let text = said(args);
+        let is_right =
+            text.contains("is its file system mounted?") && !text.contains("did you mean");
+        assert!(is_right, "{args:?}: {text}");
+    }
+}
+
 /// A command about the caller's VM; it has to succeed.
 fn asked(caller: &Caller, args: &[&str]) -> String {
     let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));

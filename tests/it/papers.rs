@@ -53,6 +53,30 @@ fn what_papers_link_to_is_there() {
     assert!(seen > 20, "{seen}");
 }
 
+/// The paths below the repository that a text names, wherever they stand: in code, between backticks, in links.
+fn paths(text: &str) -> Vec<&str> {
+    let is_of_path = |c: char| c.is_alphanumeric() || "_./*-".contains(c);
+    let words = text.split(|c| !is_of_path(c)).map(|w| w.trim_end_matches(['.', '*', '/']));
+    let tops = ["contrib/", "src/", "tests/", "examples/"];
+    words.filter(|w| tops.iter().any(|top| w.starts_with(top))).collect()
+}
+
+#[test]
+fn files_of_this_repository_that_papers_name_are_there() {
+    let mut seen = 0;
+    for paper in papers() {
+        let all = text(&paper);
+        // NAME stands for one that the reader chooses.
+        for path in paths(&all).into_iter().filter(|p| !p.contains("NAME") && !p.contains('*')) {
+            let ends = ["", ".rs"].map(|end| root().join(format!("{path}{end}")));
+            assert!(ends.iter().any(|p| p.exists()), "{}: no {path}", paper.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 60, "{seen}");
+    assert_eq!(paths("`src/a.rs`, x/src/b; sh contrib/c.sh."), ["src/a.rs", "contrib/c.sh"]);
+}
+
 #[test]
 fn every_paper_is_linked_from_the_readme() {
     let readme = text(&root().join("README.md"));

@@ -302,6 +302,27 @@ fn the_newest_run_is_the_one_with_the_latest_names() {
     point_of(&b, "INC-200-a", ("r2", 500), &vm, &["INC-200-a", "INC-200-b"]);
     let told = gaps(&b);
     assert!(told.len() == 1 && told[0].contains("missing INC-200-b of disk b"), "{told:?}");
+    // An image that is there lacks its manifest, which says that it is of this run.
+    b.image("b/INC-200-b", None);
+    let told = gaps(&b);
+    assert!(told.len() == 1 && told[0].contains("missing the manifest of INC-200-b"), "{told:?}");
+    assert!(told[0].contains("restore the missing manifest"), "{told:?}");
+    let root = b.root().to_str().unwrap();
+    let older = "name an older run: r1 of 1970-01-01T00:01:40Z has all disks";
+    let (exit, said) = fleecefs(&["config", root]);
+    assert!(exit == Some(12) && said.contains(older), "{said}");
+    assert!(said.contains("the manifest of image INC-200-b of this run is missing"), "{said}");
+    // By its time it is restored all the same.
+    let to = tempfile::tempdir().unwrap();
+    let to = to.path().join("vm").display().to_string();
+    let (_, said) = fleecefs(&["restore", root, "--run", "latest", "--to", &to, "-n"]);
+    assert!(!said.contains("not restored: the manifest"), "{said}");
+    assert!(said.contains("of image INC-200-b of this run is missing: it is restored"), "{said}");
+    std::fs::remove_file(b.path("b/INC-200-b")).unwrap();
+    let (exit, said) = fleecefs(&["config", root]);
+    assert!(exit == Some(12) && said.contains(older), "{said}");
+    assert!(said.contains("fleecefs: image INC-200-b of this run is missing"), "{said}");
+    assert!(fleecefs(&["config", root, "r1"]).1.contains("FULL-100-b"));
     // What has a manifest left is told as a finding of its disk, and once.
     point_of(&b, "lost/INC-200-b", ("r2", 500), &vm, &[]);
     assert!(gaps(&b).is_empty());

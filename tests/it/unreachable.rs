@@ -186,6 +186,10 @@ fn a_run_as_owner_is_shown_and_recovered_as_owner() {
     let said = says(&caller, &status);
     let remedy = format!("'fleecefs --as-owner recover --target {}", s(&caller.target));
     assert!(said.contains("was interrupted") && said.contains(&remedy), "{said}");
+    // Who wants to end it is told as much.
+    let cancelled = ends(&caller, &[&["cancel"][..], &target].concat());
+    refused(&cancelled, 3, "no backup is running; backup ");
+    refused(&cancelled, 3, &remedy);
     let said = says(&caller, &[&["recover"][..], &target].concat());
     assert!(said.contains("was not complete: removed"), "{said}");
     assert!(says(&caller, &status).contains("no backup --offline"));

@@ -10,7 +10,7 @@ const FEW: usize = 3;
 pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
     let mut best: Vec<(usize, String)> = Vec::new();
     for name in names {
-        if !is_alike(wanted, &name) || best.iter().any(|b| b.1 == name) {
+        if name == wanted || !is_alike(wanted, &name) || best.iter().any(|b| b.1 == name) {
             continue;
         }
         let score = alike(wanted, &name);

@@ -34,6 +34,19 @@ impl Catalog {
         self.disks.iter().find(is).or_else(shown).ok_or_else(|| self.no_disk(name))
     }
 
+    /// Fails for a directory without a backup, as where its file system is not mounted.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn check_any(&self) -> Result<()> {
+        if !self.disks.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(Kind::NotFound, "no backup in this directory")
+            .at_path(&self.root)
+            .remedy("is its file system mounted?"))
+    }
+
     /// That there is no disk of this name.
     pub fn no_disk(&self, name: &Path) -> Error {
         let text = format!("no disk '{}' in {}", path_text(&name), path_text(&self.root));

@@ -16,10 +16,11 @@ use crate::boot::{Checked, Criteria, Disks, Outputs, Running, check};
 use crate::chain::{Catalog, Disk, manifest_of};
 use crate::cli::one_run::{self, OneRun};
 use crate::cli::paths::to_make;
-use crate::cli::work;
+use crate::cli::{unsound, work};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::history::Entry;
+use crate::manifest::RunImage;
 use crate::mount::check_outside;
 use crate::output;
 use crate::restore::run;
@@ -28,6 +29,9 @@ use crate::text::{path_text, to_text, visible_lines};
 use crate::units::iso_time;
 use crate::verify::last_verified::{remember_boot, wait_for_clock};
 
+/// What can be done where the newest run of a VM is not whole.
+const OLDER_RUNS: &str =
+    "'fleecefs list --runs' shows older runs, which can be checked by their ids";
 /// The longest part of a file's name that comes from a VM's.
 const LONGEST_NAME: usize = 64;
 
@@ -36,7 +40,7 @@ const LONGEST_NAME: usize = 64;
 struct Newest<'a> {
     points: Vec<(&'a Disk, usize)>,
     /// An image of the same run that is missing.
-    missing: Option<String>,
+    missing: Option<RunImage>,
 }
 
 /// A VM that was checked, or why it could not be.
@@ -107,7 +111,7 @@ pub(super) fn run(args: &BootArgs, catalog: &Catalog, entry: &mut Entry) -> Resu
         let number = args.check.all_latest.then_some(number + 1);
         let report = match missing {
             None => one(args, catalog, &run, (out.as_ref(), number), &cancel),
-            Some(image) => incomplete(&run, &image),
+            Some(image) => incomplete(catalog, &run, &image),
         };
         if let Err(e) = &report.result
             && e.kind() == Kind::Interrupted
@@ -165,19 +169,20 @@ fn newest_of_each(catalog: &Catalog) -> Result<Vec<Newest<'_>>> {
         newest.points.push((disk, point));
         let images = manifest.map(|m| m.run_images).unwrap_or_default();
         unclaimed.retain(|i| !images.contains(i));
-        let missing = images.into_iter().find(|i| latest.missing.contains(i)).map(|i| i.image);
+        let missing = images.into_iter().find(|i| latest.missing.contains(i));
         newest.missing = newest.missing.take().or(missing);
     }
     // Nothing tells which of the VMs lacks it.
     match unclaimed.first() {
-        Some(i) => Err(one_run::is_missing(&i.image)),
+        Some(i) => Err(one_run::is_missing(catalog, i).remedy(OLDER_RUNS)),
         None => Ok(guests.into_values().collect()),
     }
 }
 
 /// What is said of a VM that cannot be started as it was.
-fn incomplete(run: &OneRun<'_>, image: &str) -> Report {
-    Report { result: Err(one_run::is_missing(image)), ..Report::of(run) }
+fn incomplete(catalog: &Catalog, run: &OneRun<'_>, image: &RunImage) -> Report {
+    let e = one_run::is_missing(catalog, image).remedy(OLDER_RUNS);
+    Report { result: Err(e), ..Report::of(run) }
 }
 
 fn out_folder(path: &Path, catalog: &Catalog) -> Result<Folder> {
@@ -195,6 +200,7 @@ fn one(
     (out, number): (Option<&Folder>, Option<usize>),
     cancel: &Arc<AtomicBool>,
 ) -> Report {
+    unsound::warn(&args.state, catalog, run.points.iter().map(|c| (c.disk, c.point)));
     let mut report = Report::of(run);
     let base = file_name(&report.name, report.time, number);
     let since = wait_for_clock(catalog);

@@ -14,7 +14,7 @@ use self::prepare::{Prepared, scratch};
 use super::one_run;
 use super::paths::{catalog, to_make};
 use super::recorded::Recorded;
-use super::{verbosity, work};
+use super::{unsound, verbosity, work};
 use crate::boot::{self, Disks, Outputs, Running};
 use crate::chain::Catalog;
 use crate::error::{Error, Result};
@@ -39,6 +39,7 @@ pub(super) fn run(args: &BootArgs) -> Result<()> {
     }
     let catalog = catalog(&args.dir)?;
     let run = one_run::find(&catalog, &args.points)?;
+    unsound::warn(&args.state, &catalog, run.points.iter().map(|c| (c.disk, c.point)));
     let prepared = prepared(&args.wanted()?, &run)?;
     let how = &args.how;
     if how.print || how.print_blockdev || how.libvirt {
@@ -78,13 +79,14 @@ fn print(args: &BootArgs, prepared: &Prepared) -> Result<()> {
         let folder =
             std::env::current_dir().map_err(|e| Error::io(e, "cannot tell the current folder"))?;
         let folder = folder.to_str().unwrap_or("/var/tmp").to_string();
+        let domain = boot::domain(vm, &stacks, &folder)?;
         for (number, disk) in vm.disks.iter().enumerate() {
             let size = disk.size;
             output::tell(&format!(
                 "before: qemu-img create -q -f qcow2 fleecefs-boot-{number}.qcow2 {size}\n"
             ));
         }
-        return output::print(&boot::domain(vm, &stacks, &folder)?);
+        return output::print(&domain);
     }
     let names = (0..vm.disks.len()).map(|n| format!("disk{n}")).chain(["vars".to_string()]);
     let graphs = stacks.iter().zip(names).map(|(stack, name)| boot::graph(stack, &name));

@@ -118,7 +118,9 @@ fn target_of(opened: &Opened, tree: &dyn Tree, start: NodeId, target: &Path) -> 
         return Err(error.remedy("nothing is ever replaced: give another name, or a folder"));
     }
     if !is_folder && target.as_os_str().as_bytes().ends_with(b"/") {
-        return Err(Error::new(Kind::NotFound, "no such directory").at_path(target));
+        return Err(Error::new(Kind::NotFound, "there is no such folder for the target")
+            .at_path(target)
+            .remedy("make it first, or mount what belongs there"));
     }
     let (folder, name) = Folder::of(&real).map_err(failed)?;
     Ok(Target { folder, name: Some(name) })

@@ -216,6 +216,9 @@ pub(in crate::cli) fn node(
 ) -> Result<files::NodeId> {
     files::resolve(tree, &opened.path, follow).map_err(|e| match e.kind() {
         Kind::NotFound if !opened.near.is_empty() => e.remedy(opened.near.trim_end()),
+        Kind::NotFound => e.remedy(
+            "'fleecefs files versions DIR DISK:PATH' shows in which points it is, 'fleecefs files ls' what is here",
+        ),
         _ => e,
     })
 }

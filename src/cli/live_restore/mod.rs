@@ -13,7 +13,7 @@ use self::plan::{Planned, bases_of, plan};
 use super::console::Console;
 use super::one_run::OneRun;
 use super::paths::{backups, catalog, to_make};
-use super::{one_run, work};
+use super::{one_run, unsound, work};
 use crate::backup::Watch;
 use crate::chain::Catalog;
 use crate::error::{Error, Kind, Result};
@@ -24,7 +24,6 @@ use crate::lock::Locks;
 use crate::mount::check_outside;
 use crate::output;
 use crate::text::{path_text, to_text};
-use crate::verify::Outcome;
 use crate::verify::last_verified::Memory;
 pub(super) use args::LiveRestoreArgs;
 
@@ -122,27 +121,10 @@ fn go_on(
 /// Fails for a point of which `verify` has found an error.
 fn check_sound(state: &Path, catalog: &Catalog, run: &OneRun<'_>) -> Result<()> {
     let memory = Memory::read(state, catalog);
-    for chosen in &run.points {
-        let known = memory.of(chosen.disk);
-        let is = |i: usize, outcome: Outcome| {
-            known.get(i).copied().flatten().is_some_and(|l| l.outcome == outcome && !l.changed)
-        };
-        if !is(chosen.point, Outcome::Unsound) {
-            continue;
-        }
-        let points = &chosen.disk.points;
-        let sound = (0..points.len()).filter(|i| is(*i, Outcome::Sound));
-        let remedy = match sound.max_by_key(|i| points[*i].time) {
-            Some(i) => {
-                let sound = path_text(&chosen.disk.path.join(&points[i].name)).to_string();
-                format!("the newest sound point is {sound}; --force starts the VM all the same")
-            }
-            None => "no point is known to be sound; --force starts the VM all the same".into(),
-        };
-        let e = Error::new(Kind::Corrupt, "'verify' has found an error in this point");
-        return Err(e.at_path(&points[chosen.point].source).remedy(remedy));
-    }
-    Ok(())
+    let otherwise = "--force starts the VM all the same";
+    let mut found =
+        run.points.iter().filter_map(|c| unsound::found(&memory, c.disk, c.point, otherwise));
+    found.next().map_or(Ok(()), Err)
 }
 
 /// A service's processes end with it, QEMU among them.

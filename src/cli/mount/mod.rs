@@ -54,9 +54,15 @@ fn writable(args: &MountArgs) -> Result<Option<Writable>> {
     let Some(scratch) = args.writable.clone() else {
         return match (args.keep, args.scratch_size, args.mode.unwrap_or(0) & 0o222) {
             (false, None, 0) => Ok(None),
-            (true, ..) => Err(verbosity::usage("keep needs writable=SCRATCH_DIR")),
-            (_, Some(_), _) => Err(verbosity::usage("scratch-size needs writable")),
-            _ => Err(verbosity::usage("a mode with w needs writable")),
+            (true, ..) => Err(verbosity::usage(
+                "--keep needs --writable=FOLDER, in which what is written is kept (with -o: keep needs writable=FOLDER)",
+            )),
+            (_, Some(_), _) => Err(verbosity::usage(
+                "--scratch-size needs --writable (with -o: scratch-size needs writable)",
+            )),
+            _ => Err(verbosity::usage(
+                "a --mode with write permission needs --writable (with -o: mode needs writable)",
+            )),
         };
     };
     Ok(Some(Writable { scratch, limit: args.scratch_size, keep: args.keep }))
