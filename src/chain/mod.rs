@@ -22,4 +22,4 @@ pub use self::points::select::{POINT_HELP, time_name};
 pub use self::walk::pointer::backing_name;
 pub(crate) use catalog::NEWEST_LOST;
 pub use catalog::{Catalog, Disk, Point};
-pub(crate) use run_gaps::{missing_of_run, run_gaps};
+pub(crate) use run_gaps::{MissingImage, missing_of_run, run_gaps};

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of, nearest};
+use crate::chain::{Catalog, Disk, MissingImage, manifest_of, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
 use crate::manifest::Manifest;
@@ -65,18 +65,24 @@ fn no_such(catalog: &Catalog, name: &Path) -> Error {
 
 fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>> {
     let run = run::find(catalog, name)?;
-    for path in &run.without {
-        log::warn!("disk {} has no point of this run", path_text(path));
-    }
+    warn_of_others(&run.without);
     match run.missing.first() {
         None => Ok(run.points),
-        Some(i) => Err(is_missing(&i.image)),
+        Some(i) => Err(is_missing(i)),
+    }
+}
+
+/// Says which disks of the VM have no point of the run.
+pub(super) fn warn_of_others(disks: &[PathBuf]) {
+    for path in disks {
+        log::warn!("disk {} has no point of this run", path_text(path));
     }
 }
 
 /// That an image of a run is missing.
-pub(super) fn is_missing(image: &str) -> Error {
-    let what = format!("image {} of this run is missing", path_text(image));
+pub(super) fn is_missing(i: &MissingImage) -> Error {
+    let (image, disk) = (path_text(&i.image), i.disk_text());
+    let what = format!("image {image} of this run is missing, of disk {disk}");
     Error::new(Kind::Incomplete, what).remedy("name the points of the other disks")
 }
 

@@ -15,7 +15,7 @@ use super::shared::ForceArgs;
 use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, verbosity};
+use super::{one_run, paths, verbosity};
 use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
@@ -223,11 +223,9 @@ fn check_missing(missing: usize, restored: usize) -> Result<()> {
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
         let run = run::find(catalog, name)?;
-        for path in &run.without {
-            log::warn!("disk {} has no point of this run", path_text(&path));
-        }
+        one_run::warn_of_others(&run.without);
         for i in &run.missing {
-            let (disk, image) = (path_text(&i.disk), path_text(&i.image));
+            let (disk, image) = (i.disk_text(), path_text(&i.image));
             log::error!("disk {disk}: not restored: image {image} of this run is missing");
         }
         let to = paths::to_make(to)?;
