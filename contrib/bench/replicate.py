@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long a second copy takes: `fleecefs replicate` beside `rsync -aS`, from empty, with one new point, and with none.
 
-usage: replicate.py FLEECEFS SOURCE FOLDER    (FOLDER: where the copies go, emptied afterwards)
+usage: replicate.py FLEECEFS SOURCE FOLDER    (FOLDER: where the copies go, in a folder of their own that is removed)
 
 Each number is the median of three rounds, in turn, with what was written on its disk. Before each command the page
 cache forgets both directories (as far as the system does so when asked), so that none reads what another has read.
@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROUNDS = 3
@@ -64,19 +65,20 @@ def main():
         "fleecefs replicate": lambda to: [program, "-q", "replicate", source, to],
         "rsync -aS": lambda to: ["rsync", "-aS", source.rstrip("/") + "/", to],
     }
-    to = os.path.join(folder, "copy")
+    os.makedirs(folder, exist_ok=True)
     times = {name: ([], [], []) for name in tools}
-    for _ in range(ROUNDS):
-        for name, command in tools.items():
-            shutil.rmtree(to, ignore_errors=True)
-            whole, one, nothing = times[name]
-            whole.append(timed(command(to), source))
-            for path in newest(to):
-                if os.path.exists(path):
-                    os.remove(path)
-            one.append(timed(command(to), source, to))
-            nothing.append(timed(command(to), source, to))
-            shutil.rmtree(to)
+    with tempfile.TemporaryDirectory(prefix="replicate-", dir=folder) as own:
+        to = os.path.join(own, "copy")
+        for _ in range(ROUNDS):
+            for name, command in tools.items():
+                whole, one, nothing = times[name]
+                whole.append(timed(command(to), source))
+                for path in newest(to):
+                    if os.path.exists(path):
+                        os.remove(path)
+                one.append(timed(command(to), source, to))
+                nothing.append(timed(command(to), source, to))
+                shutil.rmtree(to)
     print(f"{'':24} {'all':>8} {'one new':>8} {'nothing':>8}  (seconds)")
     for name, columns in times.items():
         print(f"{name:24} " + " ".join(f"{statistics.median(c):8.2f}" for c in columns))

@@ -14,6 +14,7 @@ use crate::files::{Content, btrfs_with_id, partitions};
 use crate::folder::{self, DeviceAccess, FileId, Folder, random};
 use crate::output;
 use crate::text::path_text;
+use crate::units::counted;
 
 /// Volumes in volumes: LVM in LUKS, or LUKS in LVM, and no deeper.
 const ROUNDS: usize = 3;
@@ -173,6 +174,7 @@ impl Setup<'_> {
         let table = partitions(&device::source(file.try_clone().map_err(failed)?, &disk.path)?)?;
         table.findings.iter().for_each(|f| log::warn!("{f}"));
         let how = (self.sector(table.sector, disk)?, !self.o.replay);
+        warn_of_rest(disk);
         let place = self.place;
         let made = loops::attach(place, &file, how, |number| {
             self.announce(Step::Loop { number, file: id })
@@ -414,6 +416,19 @@ impl Found {
             note: self.note,
             failed: self.failed,
         }
+    }
+}
+
+/// The kernel's devices are of whole sectors: it leaves out what comes after them, without a word.
+fn warn_of_rest(disk: &Disk) {
+    let rest = disk.size % u64::from(SECTOR);
+    if rest > 0 {
+        log::warn!(
+            "{}/{}: its last {} are no whole sector, and not in the device: 'fleecefs restore' has them",
+            path_text(&disk.name),
+            path_text(&disk.point),
+            counted(rest, "byte")
+        );
     }
 }
 

@@ -48,8 +48,10 @@ pub(crate) struct BitmapLine {
     pub name: String,
     /// Whose it is: the target's id for ours.
     pub owner: String,
-    /// Dirty bytes.
-    pub dirty: u64,
+    /// Dirty bytes; none of a watermark, whose marks stand for no change.
+    pub dirty: Option<u64>,
+    /// Of a watermark: the bytes that it watches, all of its disk; none where that is not known.
+    pub watermark: Option<u64>,
     /// Bytes per bit.
     pub granularity: u64,
     /// Whether it records.
@@ -69,8 +71,9 @@ impl From<&NodeBitmap> for BitmapLine {
             node: f.node.clone(),
             disk: String::new(),
             owner: owner(&name),
+            dirty: (!is_watermark(&name)).then_some(f.bitmap.count),
+            watermark: None,
             name,
-            dirty: f.bitmap.count,
             granularity: f.bitmap.granularity,
             recording: f.bitmap.recording,
             persistent: f.bitmap.persistent,
@@ -80,9 +83,22 @@ impl From<&NodeBitmap> for BitmapLine {
     }
 }
 
+impl BitmapLine {
+    /// A bitmap of this disk.
+    fn of(f: &NodeBitmap, d: &GuestDisk) -> Self {
+        let line = BitmapLine::from(f);
+        let watermark = line.dirty.is_none().then_some(d.size);
+        BitmapLine { disk: spoken(d), watermark, ..line }
+    }
+}
+
+fn is_watermark(name: &str) -> bool {
+    names::parse_bitmap(name).is_some() && names::is_watermark(name)
+}
+
 fn owner(name: &str) -> String {
     match names::parse_bitmap(name) {
-        Some(b) if names::is_watermark(name) => {
+        Some(b) if is_watermark(name) => {
             format!("fleecefs target {}, to tell if the disk was smaller", b.target)
         }
         Some(b) if names::is_open(name) => {
@@ -121,7 +137,6 @@ pub(crate) fn disks(client: &mut Client) -> Result<Vec<DiskInfo>> {
 fn included(d: &GuestDisk) -> DiskInfo {
     let named = d.bitmaps.iter().filter(|b| b.name.is_some());
     let found = named.map(|b| NodeBitmap { node: d.node.clone(), bitmap: b.clone() });
-    let line = |f: NodeBitmap| BitmapLine { disk: spoken(d), ..BitmapLine::from(&f) };
     DiskInfo {
         disk: d.label().to_string(),
         node: d.node.clone(),
@@ -131,7 +146,7 @@ fn included(d: &GuestDisk) -> DiskInfo {
         size: d.size,
         included: !d.encrypted && d.busy.is_none() && d.by_rule.is_none(),
         how: how(d),
-        bitmaps: found.map(line).collect(),
+        bitmaps: found.map(|f| BitmapLine::of(&f, d)).collect(),
     }
 }
 
@@ -166,7 +181,7 @@ pub(crate) fn bitmaps(client: &mut Client) -> Result<Vec<BitmapLine>> {
     let seen = survey(&Answers::ask(client)?);
     let named = |f: &NodeBitmap| {
         let of = seen.disks.iter().find(|d| d.node == f.node);
-        BitmapLine { disk: of.map(spoken).unwrap_or_default(), ..BitmapLine::from(f) }
+        of.map_or_else(|| BitmapLine::from(f), |d| BitmapLine::of(f, d))
     };
     Ok(bitmap::list(client)?.iter().map(named).collect())
 }

@@ -25,5 +25,5 @@ pub use self::points::select::{POINT_HELP, time_name};
 pub use self::walk::pointer::backing_name;
 pub(crate) use catalog::NEWEST_LOST;
 pub use catalog::{Catalog, Disk, Point};
-pub(crate) use run_gaps::{has_bare_image, missing_of_run, run_gaps};
+pub(crate) use run_gaps::{MissingImage, has_bare_image, missing_of_run, run_gaps};
 pub(crate) use timeline::timeline;

@@ -188,8 +188,12 @@ fn bitmap_line(b: &BitmapLine) -> String {
         (b.busy, "busy"),
     ];
     let flags = flags.iter().filter(|f| f.0).map(|f| f.1);
-    let dirty = format!("{} dirty", human_bytes(b.dirty));
-    let facts: Vec<&str> = std::iter::once(dirty.as_str()).chain(flags).collect();
+    let what = match (b.dirty, b.watermark) {
+        (Some(dirty), _) => format!("{} dirty", human_bytes(dirty)),
+        (None, Some(size)) => format!("watermark over {}", human_bytes(size)),
+        (None, None) => "watermark".to_string(),
+    };
+    let facts: Vec<&str> = std::iter::once(what.as_str()).chain(flags).collect();
     format!("bitmap {}: {} ({})", b.name, facts.join(", "), b.owner)
 }
 

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, manifest_of, nearest};
+use crate::chain::{Catalog, Disk, MissingImage, manifest_of, nearest};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
-use crate::manifest::{Manifest, RunImage};
+use crate::manifest::Manifest;
 use crate::restore::run;
 use crate::restore::run::Guest;
 use crate::text::path_text;
@@ -66,9 +66,7 @@ fn no_such(catalog: &Catalog, name: &Path) -> Error {
 
 fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>> {
     let run = run::find(catalog, name)?;
-    for path in &run.without {
-        log::warn!("disk {} has no point of this run", path_text(path));
-    }
+    warn_of_others(&run.without);
     let Some(i) = run.missing.first() else { return Ok(run.points) };
     let e = is_missing(catalog, i);
     Err(match run::whole_before(catalog, &run) {
@@ -80,9 +78,17 @@ fn of_run<'a>(catalog: &'a Catalog, name: &str) -> Result<Vec<(&'a Disk, usize)>
     })
 }
 
+/// Says which disks of the VM have no point of the run.
+pub(super) fn warn_of_others(disks: &[PathBuf]) {
+    for path in disks {
+        log::warn!("disk {} has no point of this run", path_text(path));
+    }
+}
+
 /// That an image of a run is missing, or its manifest.
-pub(super) fn is_missing(catalog: &Catalog, image: &RunImage) -> Error {
-    Error::new(Kind::Incomplete, run::missing_text(catalog, image))
+pub(super) fn is_missing(catalog: &Catalog, image: &MissingImage) -> Error {
+    let what = format!("{}, of disk {}", run::missing_text(catalog, image), image.disk_text());
+    Error::new(Kind::Incomplete, what)
 }
 
 /// The same of points that were found.

@@ -15,14 +15,13 @@ use super::shared::ForceArgs;
 use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
-use super::{paths, unsound, verbosity};
-use crate::chain::{Catalog, Disk, POINT_HELP};
+use super::{one_run, paths, unsound, verbosity};
+use crate::chain::{Catalog, Disk, MissingImage, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::history::Entry;
 use crate::image::{Cache, open_point};
 use crate::job::Work;
-use crate::manifest::RunImage;
 use crate::restore::{
     Compression, Options, Plan, Preallocation, Qcow2Options, Reflink, Summary, Target, run,
 };
@@ -223,9 +222,14 @@ fn check_missing(missing: usize, restored: usize) -> Result<()> {
 
 /// Tells which images of a run are missing, and how many. One whose manifest alone is gone is the run's by its time.
 fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
-    let is = |i: &RunImage| run.points.iter().any(|(d, at)| d.points[*at].name == i.image);
+    let is = |i: &MissingImage| {
+        let same = |d: &Disk, at: usize| {
+            d.points[at].name == i.image && d.path.parent() == Some(i.folder.as_path())
+        };
+        run.points.iter().any(|(d, at)| same(d, *at))
+    };
     let (found, missing): (Vec<_>, Vec<_>) = run.missing.iter().partition(|i| is(i));
-    let what = |i: &RunImage| (path_text(&i.disk), run::missing_text(catalog, i));
+    let what = |i: &MissingImage| (i.disk_text(), run::missing_text(catalog, i));
     for (disk, what) in found.into_iter().map(what) {
         log::warn!("disk {disk}: {what}: it is restored by the time in its name");
     }
@@ -239,9 +243,7 @@ fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
         let run = run::find(catalog, name)?;
-        for path in &run.without {
-            log::warn!("disk {} has no point of this run", path_text(&path));
-        }
+        one_run::warn_of_others(&run.without);
         let missing = tell_missing(catalog, &run);
         let to = paths::to_make(to)?;
         let names = names_in_run(args.how.format, &run.points);

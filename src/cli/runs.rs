@@ -1,6 +1,7 @@
 //! `fleecefs list --runs`: what was backed up together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use serde::Serialize;
 use serde_json::json;
@@ -34,9 +35,9 @@ struct RunRow {
     points: Vec<PointRow>,
     /// Disks that the run should have backed up and could not, or whose images of it are gone.
     failed: BTreeSet<String>,
-    /// Of its points.
+    /// Of its points, with their disks.
     #[serde(skip)]
-    manifests: Vec<Manifest>,
+    manifests: Vec<(PathBuf, Manifest)>,
     /// Bytes that its files take.
     own_bytes: u64,
     /// The least that is known of any of its points.
@@ -70,8 +71,9 @@ pub(super) fn show(
 ) -> Result<()> {
     let mut runs = runs(catalog, points, Some(boots));
     // Of one disk's points nothing can be told about the others.
-    for run in runs.iter_mut().filter(|_| all_disks) {
-        let missing = missing_of_run(&run.manifests);
+    for run in runs.iter_mut().filter(|r| all_disks && r.id.is_some()) {
+        let of_run = run.manifests.iter().map(|(disk, m)| (disk.as_path(), m));
+        let missing = missing_of_run(of_run, &[]);
         run.failed.extend(missing.into_iter().map(|i| i.disk));
     }
     if as_json {
@@ -137,7 +139,7 @@ fn runs(
         });
         if let Some(m) = manifest {
             run.failed.extend(m.failed.iter().map(|f| f.disk.clone()));
-            run.manifests.push(m);
+            run.manifests.push((disk.path.clone(), m));
         }
         run.own_bytes = run.own_bytes.saturating_add(p.own_bytes);
         run.served &= p.is_served();

@@ -64,7 +64,8 @@ pub use name::{PlainName, plain};
 use open::refused;
 pub use open::{Access, DeviceAccess};
 pub use owner::{
-    ForeignOwner, check_private, check_unchangeable, check_unchangeable_file, foreign_owner, is_own,
+    ForeignOwner, check_private, check_unchangeable, check_unchangeable_file,
+    check_unchangeable_to_make, foreign_owner, is_own,
 };
 pub use resolve::{
     ResolvedPath, follow_path, resolve, resolve_path, resolve_target, resolve_to_make,

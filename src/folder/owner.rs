@@ -41,11 +41,16 @@ pub fn check_private(path: &Path) -> Result<()> {
 /// # Errors
 /// As [`check_private`].
 pub fn check_unchangeable(path: &Path, remedy: &str) -> Result<()> {
+    check_unchangeable_below(path, true, remedy)
+}
+
+/// `is_used`: what is in the folder itself counts, and not only what is in one of its own below.
+fn check_unchangeable_below(path: &Path, is_used: bool, remedy: &str) -> Result<()> {
     for folder in path.ancestors() {
         let failed = |e| Error::io(e, "cannot check the folder").at_path(folder);
         let held = Folder::open(folder).map_err(failed)?;
         let meta = held.metadata().map_err(failed)?;
-        let sticky = folder != path && meta.mode() & STICKY != 0;
+        let sticky = (folder != path || !is_used) && meta.mode() & STICKY != 0;
         let shared = may_others_write(&meta, has_list(&held)) && !sticky;
         if is_own(&meta) && !shared {
             continue;
@@ -61,6 +66,15 @@ pub fn check_unchangeable(path: &Path, remedy: &str) -> Result<()> {
         return Err(Error::new(Kind::Permission, what).at_path(folder).remedy(remedy));
     }
     Ok(())
+}
+
+/// The same of a folder that is still to be made at `path`: whoever refuses it has made nothing.
+///
+/// # Errors
+/// As [`check_unchangeable`], of the nearest folder above that is there.
+pub fn check_unchangeable_to_make(path: &Path, remedy: &str) -> Result<()> {
+    let there = path.ancestors().find(|above| super::exists(above));
+    there.map_or(Ok(()), |folder| check_unchangeable_below(folder, folder == path, remedy))
 }
 
 /// Fails unless the plain file at `real`, which has no link on its path, is root's or the caller's own and nobody else may

@@ -40,9 +40,10 @@ impl Storage {
     /// is at work in it.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let failed = |e| Error::io(e, "cannot use the storage folder").at_path(path);
-        let folder = folder::make_folders(path).map_err(failed)?;
         let remedy = "QEMU opens disks by their names there: it has to be in a folder of yours or root's that nobody \
                       else may write to";
+        folder::check_unchangeable_to_make(path, remedy)?;
+        let folder = folder::make_folders(path).map_err(failed)?;
         folder::check_unchangeable(path, remedy)?;
         let own = folder.make_folder(OWN).map_err(failed)?;
         let Some(lock) = own.lock(COMMAND_LOCK).map_err(failed)? else {

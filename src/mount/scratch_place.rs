@@ -66,8 +66,12 @@ fn named(
         return Err(Error::new(Kind::Usage, text).at_path(path).remedy("name one elsewhere"));
     }
     let made = match (owner, real.parent(), real.file_name()) {
-        (None, ..) => folder::make_folders(&real).map_err(failed)?,
+        (None, ..) => {
+            folder::check_unchangeable_to_make(&real, SAFE)?;
+            folder::make_folders(&real).map_err(failed)?
+        }
         (Some(owner), Some(above), Some(name)) => {
+            folder::check_unchangeable_to_make(above, SAFE)?;
             let parent = folder::make_folders(above).map_err(failed)?;
             check_safe(above)?;
             return parent.make_folder_of(name, owner.uid).map_err(failed);
@@ -79,12 +83,11 @@ fn named(
 }
 
 /// What is in it decides what a mount shows, and what is removed.
+const SAFE: &str = "what is written to points must go to a folder of yours or root's that nobody else may write to: \
+                    chmod go-w, or name another";
+
 fn check_safe(path: &Path) -> Result<()> {
-    folder::check_unchangeable(
-        path,
-        "what is written to points must go to a folder of yours or root's that nobody else may write to: chmod go-w, \
-         or name another",
-    )
+    folder::check_unchangeable(path, SAFE)
 }
 
 /// Files without a name need no folder of their own.

@@ -10,12 +10,16 @@ use std::time::{Duration, Instant};
 
 /// Bytes of an image per second below which a line counts as dead.
 const SLOWEST_LINE: u64 = 1 << 10;
-/// Bytes of a hole per second: what passes of it is five bytes, and the work is hashing its zeros.
-const SLOWEST_HOLE: u64 = 128 << 20;
+/// Bytes of a hole per second: what passes of it is one short frame, and the work is hashing its zeros.
+const SLOWEST_HOLE: u64 = 16 << 20;
 /// Bytes per second below which a disk counts as dead when a file is read for its hash.
 const SLOWEST_DISK: u64 = 8 << 20;
 /// What opening a file takes at most on a slow disk.
 const FILE: Duration = Duration::from_secs(1);
+
+/// How much longer than otherwise a directory is waited for that is opened or closed: a day instead of an hour. It may
+/// first finish what a crash has left, or prune, and nobody knows how much that is.
+const RECOVERY: u32 = 24;
 
 /// The end by the clock.
 pub(super) struct Patience {
@@ -66,6 +70,16 @@ impl Patience {
         *until = later(*until, time);
     }
 
+    /// Waits for an answer before which the other side may have to put its directory in order. What is left of the time
+    /// for that is lost with the answer.
+    pub(super) fn for_recovery<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.forgive(self.whole.saturating_mul(RECOVERY));
+        let result = wait();
+        let mut until = self.until();
+        *until = (*until).min(later(Instant::now(), self.whole));
+        result
+    }
+
     /// Later by `time`, but never by more than all of it from now: what was earned cannot be saved up.
     fn earn(&self, time: Duration) {
         let mut until = self.until();
@@ -114,6 +128,17 @@ mod tests {
     }
 
     #[test]
+    fn a_recovery_is_waited_for_for_a_day_and_nothing_after_it() {
+        let p = Patience::new(HOUR);
+        let meanwhile = p.for_recovery(|| p.left());
+        assert!(meanwhile > 24 * HOUR && meanwhile <= 25 * HOUR, "{meanwhile:?}");
+        assert!(p.left() <= HOUR && p.left() > HOUR / 2, "{:?}", p.left());
+        // One that is over stays over.
+        let p = Patience::new(Duration::ZERO);
+        assert_eq!(p.for_recovery(|| p.left()), Duration::ZERO);
+    }
+
+    #[test]
     fn an_end_that_is_over_is_moved_by_what_came_alone() {
         let p = Patience::new(Duration::ZERO);
         assert_eq!(p.left(), Duration::ZERO);
@@ -127,7 +152,7 @@ mod tests {
     #[test]
     fn a_slow_line_earns_as_much_as_it_takes() {
         assert_eq!(time_for(4 << 10, SLOWEST_LINE), Duration::from_secs(4));
-        assert_eq!(time_for(1 << 30, SLOWEST_HOLE), Duration::from_secs(8));
+        assert_eq!(time_for(1 << 30, SLOWEST_HOLE), Duration::from_secs(64));
         assert!(time_for(1, SLOWEST_LINE) > Duration::ZERO);
     }
 }

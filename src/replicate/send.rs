@@ -7,9 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::message::{
-    self, Answer, Held, LONGEST_HOLE, MOST_NAMES, Modified, Needed, Request, VERSION,
-};
+use super::message::{self, Answer, Held, MOST_NAMES, Modified, Needed, Request, VERSION};
 use super::name::{FolderPath, SmallKind, WireName};
 use super::plan::{Action, Facts, Step, There, compare, plan};
 use super::receive::{check_version, program_name};
@@ -29,6 +27,9 @@ use crate::storage::{ReadAt, SourceFile};
 const BUFFER: usize = 256 << 10;
 /// The least of that under a rate limit.
 const LEAST_BUFFER: u64 = 4 << 10;
+/// Bytes of a hole that are sent at once. Before ssh takes more it wants some thousand such frames to be read, and a slow
+/// receiver hashes the zeros of each: of these that takes half an hour, of the longest that there may be days.
+const HOLE: u64 = 4 << 20;
 
 /// How it is done.
 #[derive(Debug, Clone, Copy, Default)]
@@ -100,7 +101,7 @@ impl Sender<'_, '_> {
         if !self.options.dry_run {
             self.small_files(&others)?;
         }
-        match self.ask(&Request::Bye)? {
+        match self.ask_for_order(&Request::Bye)? {
             Answer::Ended { deleted: 0, .. } => {}
             Answer::Ended { deleted, freed } => {
                 report.pruned = Some(Pruned { points: deleted, bytes: freed })
@@ -114,6 +115,11 @@ impl Sender<'_, '_> {
     fn ask(&self, request: &Request) -> Result<Answer> {
         self.wire.send(request)?;
         self.answer()
+    }
+
+    /// The same of one before which it may have to put its directory in order.
+    fn ask_for_order(&self, request: &Request) -> Result<Answer> {
+        self.wire.patience().for_recovery(|| self.ask(request))
     }
 
     fn answer(&self) -> Result<Answer> {
@@ -132,7 +138,7 @@ impl Sender<'_, '_> {
 
     fn greet(&self) -> Result<()> {
         let (program, dry_run) = (program_name(), self.options.dry_run);
-        match self.ask(&Request::Hello { version: VERSION, program, dry_run })? {
+        match self.ask_for_order(&Request::Hello { version: VERSION, program, dry_run })? {
             Answer::Hello { version, program } => check_version(version, &program),
             _ => Err(message::nonsense()),
         }
@@ -397,7 +403,7 @@ impl Sender<'_, '_> {
             let (is_hole, end) = holes.stretch(at, file.len());
             let len = end.saturating_sub(at);
             if is_hole {
-                let len = len.min(LONGEST_HOLE);
+                let len = len.min(HOLE);
                 hash::zeros(&mut hasher, len);
                 self.wire.send_frame(message::Frame::Hole(len)).map_err(Trouble::Session)?;
                 self.wire.patience().passed(len);

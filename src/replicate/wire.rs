@@ -1,7 +1,8 @@
 //! The way to the other side: frames over two descriptors, of pipes or a socket.
 //!
 //! Nothing waits for ever: a side from which no byte comes for [`SILENCE`], or that takes none, is given up. Whoever
-//! works for longer says so every now and then ([`Wire::busy`]); how long that helps is said in [`super::patience`].
+//! works for longer says so every now and then ([`Wire::busy`]), which is heard also while there is something to send; how
+//! long that helps is said in [`super::patience`].
 //! Both descriptors are set not to block.
 
 use std::fs::File;
@@ -30,9 +31,18 @@ const SIGNS: u32 = 8;
 /// The longest wait before a look at the stop flag.
 const SLICE: Duration = Duration::from_millis(200);
 
+/// As much of a frame's header as has come.
+#[derive(Default)]
+struct BegunHeader {
+    bytes: [u8; HEADER],
+    len: usize,
+}
+
 /// The connection.
 pub(crate) struct Wire<'a> {
     input: File,
+    /// The beginning of the next frame, where it came while something was to be sent.
+    begun: Mutex<BegunHeader>,
     output: Mutex<File>,
     /// When it was last said, between one thing and the next, that work goes on.
     signed: Mutex<Option<Instant>>,
@@ -64,7 +74,8 @@ impl<'a> Wire<'a> {
         let silence = failpoint::answer_timeout(SILENCE);
         let patience = Patience::new(silence * PATIENCE);
         let signed = Mutex::new(None);
-        Ok(Wire { input, output, signed, stop, silence, patience, peer: peer.into() })
+        let begun = Mutex::default();
+        Ok(Wire { input, begun, output, signed, stop, silence, patience, peer: peer.into() })
     }
 
     /// The same, with another measure for silence and for what nothing comes of.
@@ -144,7 +155,8 @@ impl<'a> Wire<'a> {
     /// # Errors
     /// As [`Wire::receive_frame`].
     pub(crate) fn waiting(&self) -> Result<Option<Frame>> {
-        while poll(&self.input, libc::POLLIN, Duration::ZERO).map_err(|e| self.lost(e))? {
+        let has_come = || poll(&self.input, libc::POLLIN, Duration::ZERO).map_err(|e| self.lost(e));
+        while self.has_header() || has_come()? {
             match self.frame()? {
                 Frame::Working => {}
                 frame => return Ok(Some(frame)),
@@ -205,8 +217,8 @@ impl<'a> Wire<'a> {
         // Also of one who never lets us wait.
         self.check_stop()?;
         self.check_patience()?;
-        let mut header = [0; HEADER];
-        self.read(&mut header)?;
+        let BegunHeader { bytes: mut header, len } = std::mem::take(&mut *lock(&self.begun));
+        self.read(&mut header[len..])?;
         let mut body = vec![0; Frame::length(header)?];
         self.read(&mut body)?;
         Frame::of(header, body)
@@ -234,7 +246,7 @@ impl<'a> Wire<'a> {
             match output.write(&bytes[done..]) {
                 Ok(n) => done += n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(output, libc::POLLOUT, "it takes nothing more")?;
+                    self.wait_for_room(output)?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Err(self.gone()),
@@ -246,22 +258,61 @@ impl<'a> Wire<'a> {
 
     fn wait(&self, file: &File, what: libc::c_short, silent: &str) -> Result<()> {
         let end = Instant::now() + self.silence;
+        while !poll(file, what, self.slice(end, silent)?).map_err(|e| self.lost(e))? {}
+        Ok(())
+    }
+
+    /// Waits until the other side takes more. One that takes nothing, since it is at work on what it has, says so.
+    fn wait_for_room(&self, output: &File) -> Result<()> {
+        let mut end = Instant::now() + self.silence;
         loop {
-            self.check_stop()?;
-            self.check_patience()?;
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let text = format!("{}: {silent} for {} s", self.peer, self.silence.as_secs());
-                return Err(Error::new(Kind::Timeout, text).remedy(
-                    "check the connection, and run it again: it continues where it stopped",
-                ));
-            }
-            if poll(file, what, left.min(SLICE).min(self.patience.left()))
-                .map_err(|e| self.lost(e))?
-            {
+            let slice = self.slice(end, "it takes nothing more")?;
+            let input = (!self.has_header()).then_some(&self.input);
+            let (has_room, has_come) = poll_both(output, input, slice).map_err(|e| self.lost(e))?;
+            if has_room {
                 return Ok(());
             }
+            if has_come && self.has_signed()? {
+                end = Instant::now() + self.silence;
+            }
         }
+    }
+
+    /// How long to wait now, until the other side has been silent up to `end`.
+    fn slice(&self, end: Instant, silent: &str) -> Result<Duration> {
+        self.check_stop()?;
+        self.check_patience()?;
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let text = format!("{}: {silent} for {} s", self.peer, self.silence.as_secs());
+            return Err(Error::new(Kind::Timeout, text)
+                .remedy("check the connection, and run it again: it continues where it stopped"));
+        }
+        Ok(left.min(SLICE).min(self.patience.left()))
+    }
+
+    /// Whether the header of a frame that says something was read already.
+    fn has_header(&self) -> bool {
+        lock(&self.begun).len == HEADER
+    }
+
+    /// Takes what is there of the next header; a sign of work ends with it. Whether it has come to its end: all else is
+    /// left to whoever receives.
+    fn has_signed(&self) -> Result<bool> {
+        let mut begun = lock(&self.begun);
+        let BegunHeader { bytes, len } = &mut *begun;
+        match (&self.input).read(&mut bytes[*len..]) {
+            Ok(0) if *len < HEADER => return Err(self.gone()),
+            Ok(n) => *len += n,
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(e) => return Err(self.lost(e)),
+        }
+        let is_whole = *len == HEADER;
+        if is_whole && *bytes == message::header(b'W', 0) {
+            *begun = BegunHeader::default();
+        }
+        Ok(is_whole)
     }
 
     /// Fails if the user wants an end.
@@ -323,6 +374,25 @@ fn poll(file: &File, what: libc::c_short, wait: Duration) -> io::Result<bool> {
         n if n >= 0 => Ok(n > 0),
         _ => match io::Error::last_os_error() {
             e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+            e => Err(e),
+        },
+    }
+}
+
+/// Whether `output` takes something now, or within `wait`, and whether something has come from `input`.
+fn poll_both(output: &File, input: Option<&File>, wait: Duration) -> io::Result<(bool, bool)> {
+    let ms = libc::c_int::try_from(wait.as_millis()).unwrap_or(libc::c_int::MAX);
+    // One that is negative is passed over.
+    let input = input.map_or(-1, |file| file.as_raw_fd());
+    let mut p = [
+        libc::pollfd { fd: output.as_raw_fd(), events: libc::POLLOUT, revents: 0 },
+        libc::pollfd { fd: input, events: libc::POLLIN, revents: 0 },
+    ];
+    // SAFETY: two pollfds that live on our stack.
+    match unsafe { libc::poll(p.as_mut_ptr(), 2, ms) } {
+        n if n >= 0 => Ok((p[0].revents != 0, p[1].revents != 0)),
+        _ => match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => Ok((false, false)),
             e => Err(e),
         },
     }
@@ -404,6 +474,53 @@ mod tests {
         });
         assert!(!a.patience().left().is_zero());
         drop(b);
+    }
+
+    /// Zeros of holes are short to send and long to hash.
+    #[test]
+    fn one_that_takes_nothing_since_it_is_at_work_is_waited_for_and_nothing_else_that_it_says_is_lost()
+     {
+        let stop = AtomicBool::new(false);
+        let (a, b) = pair(&stop);
+        let a = a.waiting_for(Duration::from_secs(1), SILENCE);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Longer than its silence would be waited for, without taking anything.
+                let start = Instant::now();
+                while start.elapsed() < Duration::from_secs(2) {
+                    b.send_frame(Frame::Working).unwrap();
+                }
+                b.send(&7).unwrap();
+                while matches!(b.receive_frame(), Ok(Frame::Data(_))) {}
+            });
+            // More than lies between.
+            for _ in 0..64 {
+                a.send_data(&[1; 65536]).unwrap();
+            }
+            assert_eq!(a.receive::<u32>().unwrap(), 7);
+            drop(a);
+        });
+        // Its signs come to an end all the same, and so does its silence.
+        for (signs, silence, patience) in
+            [(true, SILENCE, 200), (false, Duration::from_millis(200), 100_000)]
+        {
+            let (a, b) = pair(&stop);
+            let a = a.waiting_for(silence, Duration::from_millis(patience));
+            std::thread::scope(|scope| {
+                scope.spawn(|| while signs && b.send_frame(Frame::Working).is_ok() {});
+                let full =
+                    std::iter::repeat_with(|| a.send_data(&[1; 65536])).find_map(Result::err);
+                let e = full.unwrap();
+                assert!(e.kind() == Kind::Timeout && e.report().contains("nothing"), "{e}");
+                drop(a);
+            });
+        }
+        // One that ends, or says what is no frame.
+        let (a, b) = pair(&stop);
+        b.output().write_all(b"W\0").unwrap();
+        drop(b);
+        let full = std::iter::repeat_with(|| a.send_data(&[1; 65536])).find_map(Result::err);
+        assert_eq!(full.unwrap().kind(), Kind::Peer);
     }
 
     #[test]

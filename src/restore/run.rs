@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use crate::chain::{Catalog, Disk, has_bare_image, manifest_of, missing_of_run, nearest};
+use crate::chain::{
+    Catalog, Disk, MissingImage, has_bare_image, manifest_of, missing_of_run, nearest,
+};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{Folder, PlainName};
 use crate::journal::linking;
 use crate::layout::Level;
 use crate::layout::name::{Name, parse};
 use crate::manifest;
-use crate::manifest::{Manifest, RunImage, vm_name, vm_uuid};
+use crate::manifest::{Manifest, vm_name, vm_uuid};
 use crate::text::{path_text, to_text};
 use crate::units::{iso_time, parse_when};
 
@@ -26,7 +28,7 @@ pub(crate) struct Run<'a> {
     /// Disks beside those that have no point of this run.
     pub without: Vec<PathBuf>,
     /// Images that the run made and that are gone, as the manifests of the others say.
-    pub missing: Vec<RunImage>,
+    pub missing: Vec<MissingImage>,
 }
 
 /// A VM as far as manifests tell: its UUID, its name, or, where there are none, the folder of its disks.
@@ -183,6 +185,9 @@ fn members(catalog: &Catalog) -> Vec<RunPoint<'_>> {
     all.collect()
 }
 
+/// What the newest run of each VM is called.
+const LATEST: &str = "latest";
+
 /// The run that the user names.
 enum RunSelector<'a> {
     /// By its id, or by its time in seconds.
@@ -203,7 +208,7 @@ impl<'a> RunSelector<'a> {
             shown.parse::<jiff::Timestamp>().is_ok() || shown.len() == "2026-11-22T04:00:00".len();
         match name.strip_prefix('@') {
             Some(seconds) => RunSelector::Named(name, seconds.parse().ok()),
-            None if name == "latest" => RunSelector::Newest(String::new()),
+            None if name == LATEST => RunSelector::Newest(String::new()),
             None if is_date && is_exact => RunSelector::Named(name, parse_when(&shown).ok()),
             None if is_date => RunSelector::Newest(shown),
             None => RunSelector::Named(name, name.parse().ok()),
@@ -267,7 +272,7 @@ impl<'a> SelectedPoints<'a> {
         }
         let mut meant = SelectedPoints::default();
         for (guest, (when, ids)) in newest {
-            check_one(if begin.is_empty() { "latest" } else { begin }, &ids)?;
+            check_one(if begin.is_empty() { LATEST } else { begin }, &ids)?;
             meant.times.insert((Some(guest), when.time));
             meant.ids.extend(ids);
         }
@@ -306,31 +311,71 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let all = members(catalog);
     let meant = SelectedPoints::by(&all, &RunSelector::of(name))?;
     let found: Vec<&RunPoint<'_>> = all.iter().filter(|m| meant.has(m)).collect();
-    let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
-    if points.is_empty() {
-        let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
-        let near = nearest(name, names_of(&all).into_iter());
-        return Err(Error::new(Kind::NotFound, text).remedy(format!(
-            "{near}'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'"
-        )));
+    match found.is_empty() {
+        true => Err(no_run(catalog, name, &all)),
+        false => Ok(run_of(&all, &found, &meant.ids)),
     }
-    let mut without = disks_without(&all, &found);
-    // Of several VMs there are several runs of one time.
-    let mut runs: BTreeMap<String, Vec<Manifest>> = BTreeMap::new();
-    for m in points.iter().filter_map(|(disk, point)| manifest_of(disk, *point)) {
-        runs.entry(m.run.clone()).or_default().push(m);
+}
+
+/// The newest run of each VM, as [`find`] finds it for `latest`, or why it cannot be told: what is wrong with one VM's
+/// is no reason to leave out the others.
+///
+/// # Errors
+/// `NotFound` if there is none at all.
+pub(crate) fn newest_of_each(catalog: &Catalog) -> Result<Vec<(Guest, Result<Run<'_>>)>> {
+    let mut vms: BTreeMap<Guest, Vec<RunPoint<'_>>> = BTreeMap::new();
+    for m in members(catalog) {
+        vms.entry(m.guest.clone()).or_default().push(m);
     }
-    let mut missing: Vec<RunImage> = runs.values().flat_map(|run| missing_of_run(run)).collect();
+    if vms.is_empty() {
+        return Err(no_run(catalog, LATEST, &[]));
+    }
+    Ok(vms.into_iter().map(|(guest, all)| (guest, newest_of(&all))).collect())
+}
+
+fn newest_of<'a>(all: &[RunPoint<'a>]) -> Result<Run<'a>> {
+    let meant = SelectedPoints::newest(all, "")?;
+    let found: Vec<&RunPoint<'a>> = all.iter().filter(|m| meant.has(m)).collect();
+    Ok(run_of(all, &found, &meant.ids))
+}
+
+fn no_run(catalog: &Catalog, name: &str, all: &[RunPoint<'_>]) -> Error {
+    let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
+    let near = nearest(name, names_of(all).into_iter());
+    Error::new(Kind::NotFound, text).remedy(format!(
+        "{near}'fleecefs list --runs DIR' shows them; a run is named by its time or id, or 'latest'"
+    ))
+}
+
+/// The points that were `found` among all, and what belongs to them and is not there. `ids` are those of their runs.
+fn run_of<'a>(all: &[RunPoint<'a>], found: &[&RunPoint<'a>], ids: &BTreeSet<&str>) -> Run<'a> {
+    let mut run = Run::default();
+    run.points.extend(found.iter().map(|m| (m.disk, m.point)));
     // Told once: a disk whose image is missing is not one that the run left out.
-    without.retain(|path| {
-        let disk = catalog.disks.iter().find(|d| d.path == *path);
-        let Some(image) = disk.and_then(|d| lost(d, &meant.ids)) else { return true };
-        if missing.iter().all(|m| m.image != image) {
-            missing.push(RunImage { disk: to_text(path.as_os_str()), image });
+    let mut told: BTreeMap<&Guest, Vec<MissingImage>> = BTreeMap::new();
+    for m in disks_without(all, found) {
+        match lost(m.disk, ids) {
+            Some(image) => {
+                let missing = MissingImage::of(&m.disk.path, image);
+                told.entry(&m.guest).or_default().push(missing);
+            }
+            None => run.without.push(m.disk.path.clone()),
         }
-        false
-    });
-    Ok(Run { points, without, missing })
+    }
+    // Of several VMs there are several runs of one time, and images of one name.
+    let mut runs: BTreeMap<(&Guest, &str), Vec<(&Path, Manifest)>> = BTreeMap::new();
+    for m in found {
+        let Some(id) = m.id.as_deref() else { continue };
+        let Some(manifest) = manifest_of(m.disk, m.point) else { continue };
+        runs.entry((&m.guest, id)).or_default().push((&m.disk.path, manifest));
+    }
+    for ((guest, _), manifests) in &runs {
+        let told = told.get(guest).map_or(&[][..], Vec::as_slice);
+        let of_run = manifests.iter().map(|(disk, m)| (*disk, m));
+        run.missing.extend(missing_of_run(of_run, told));
+    }
+    run.missing.extend(told.into_values().flatten());
+    run
 }
 
 /// The id and time of the newest run before `run` that has all disks of this VM; `None` if there is none, or if they are
@@ -360,9 +405,8 @@ pub(crate) fn whole_before(catalog: &Catalog, run: &Run<'_>) -> Option<(String, 
 }
 
 /// What is missing of a run: an image, or, where the image is there, the manifest that says of which run it is.
-pub(crate) fn missing_text(catalog: &Catalog, image: &RunImage) -> String {
-    let what =
-        if has_bare_image(catalog, &image.image) { "the manifest of image" } else { "image" };
+pub(crate) fn missing_text(catalog: &Catalog, image: &MissingImage) -> String {
+    let what = if has_bare_image(catalog, image) { "the manifest of image" } else { "image" };
     format!("{what} {} of this run is missing", path_text(&image.image))
 }
 
@@ -373,7 +417,7 @@ pub(crate) fn names(catalog: &Catalog) -> Vec<String> {
 
 fn names_of(all: &[RunPoint<'_>]) -> Vec<String> {
     let names = all.iter().flat_map(|m| [Some(iso_time(m.time)), m.id.clone()]);
-    names.flatten().chain(["latest".to_string()]).collect()
+    names.flatten().chain([LATEST.to_string()]).collect()
 }
 
 /// The name of an image of one of these runs of which only the manifest is left.
@@ -431,19 +475,23 @@ pub(crate) fn original(disk: &Disk, point: usize) -> Option<OriginalDisk> {
     is_file.then(|| OriginalDisk { name, is_qcow2: identity.format == "qcow2" })
 }
 
-/// Disks of the same VMs, by their newest points, that have none among `found`.
-fn disks_without(all: &[RunPoint<'_>], found: &[&RunPoint<'_>]) -> Vec<PathBuf> {
+/// The newest points of disks of the same VMs that have none among `found`.
+fn disks_without<'m, 'a>(
+    all: &'m [RunPoint<'a>],
+    found: &[&RunPoint<'a>],
+) -> Vec<&'m RunPoint<'a>> {
     let guests: BTreeSet<&Guest> = found.iter().map(|m| &m.guest).collect();
-    let mut newest: BTreeMap<&Path, &RunPoint<'_>> = BTreeMap::new();
+    let mut newest: BTreeMap<&Path, &RunPoint<'a>> = BTreeMap::new();
     for m in all {
         let known = newest.entry(&m.disk.path).or_insert(m);
         if m.time >= known.time {
             *known = m;
         }
     }
-    let has = |path: &Path| found.iter().any(|m| m.disk.path == path);
-    let missing = newest.values().filter(|m| guests.contains(&m.guest) && !has(&m.disk.path));
-    missing.map(|m| m.disk.path.clone()).collect()
+    let has: HashSet<&Path> = found.iter().map(|m| m.disk.path.as_path()).collect();
+    let is_without =
+        |m: &&RunPoint<'_>| guests.contains(&m.guest) && !has.contains(m.disk.path.as_path());
+    newest.into_values().filter(is_without).collect()
 }
 
 /// The name of a disk's file below the folder that a run is restored to.

@@ -299,3 +299,33 @@ fn the_newest_run_of_each_vm_is_checked_also_where_one_is_not_up() {
     assert_eq!(seen, [(Some("vm1"), Some(false)), (Some("vm2"), Some(true))], "{told}");
     assert!(checks[0]["picture"] != checks[1]["picture"] && checks[1]["picture"].is_string());
 }
+
+/// It is not the backup of the other that lacks it.
+#[test]
+fn a_vm_whose_image_is_missing_stops_no_other() {
+    if !have("a_vm_whose_image_is_missing_stops_no_other", TOOLS) {
+        return;
+    }
+    let all = Backups { dir: tempfile::tempdir().unwrap() };
+    std::fs::create_dir(all.path("")).unwrap();
+    for name in ["vm1", "vm2"] {
+        let one = Backups::new(true);
+        run("cp", &["-r", one.path("").to_str().unwrap(), all.path(name).to_str().unwrap()]);
+    }
+    // With manifests that name no other image of their run.
+    let mut create = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+    create.args(["verify", "--create"]).arg(all.path("vm1"));
+    let created = create.env("XDG_STATE_HOME", all.dir.path().join("state")).output().unwrap();
+    assert!(created.status.code().is_some(), "{created:?}");
+    let lost = "INC-1700000060-vdb.qcow2";
+    assert!(all.path(&format!("vm1/vdb/.fleecefs/{lost}.json")).exists());
+    std::fs::remove_file(all.path(&format!("vm1/vdb/{lost}"))).unwrap();
+    let expect = format!("^{WORDS}$");
+    let (out, told) = all.check(&["--all-latest", "--expect", &expect, "--timeout", "5m"]);
+    assert_eq!(out.status.code(), Some(19), "{told}");
+    let checks = told["checks"].as_array().unwrap();
+    let seen: Vec<_> = checks.iter().map(|c| (c["vm"].as_str(), c["passed"].as_bool())).collect();
+    assert_eq!(seen, [(Some("vm1"), Some(false)), (Some("vm2"), Some(true))], "{told}");
+    let why = checks[0]["error"]["message"].as_str().unwrap();
+    assert!(why.contains(lost) && why.contains("vm1/vdb"), "{told}");
+}

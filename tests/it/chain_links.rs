@@ -171,12 +171,30 @@ fn one_second_two_files() {
     }
     let untied = ["d: FULL-1-d", "d: FULL-5-d", "d: FULL-9-d", "d: FULL-9-d < INC-10-d"];
     assert_eq!(b.shown(), untied);
-    assert_eq!(b.why("INC-5-d").kind, Kind::Incomplete);
+    let remedy = |b: &Backups| {
+        let why = b.why("INC-5-d");
+        assert_eq!(why.kind, Kind::Incomplete);
+        why.remedy.unwrap()
+    };
+    assert!(remedy(&b).contains("FULL-5-d and INC-5-d have the same time"), "{}", remedy(&b));
 
     manifest(&b.path("d"), "INC-5-d", Level::Inc, Some("FULL-5-d"), 0);
     let shown = b.shown();
     assert!(shown.contains(&"d: FULL-5-d < INC-5-d".into()), "{shown:?}");
     assert!(shown.contains(&"d: FULL-5-d < INC-5-d < INC-6-d".into()), "{shown:?}");
+
+    // Of a program that writes manifests they are missing; of one that writes none a name can be changed, and is right.
+    let b = Backups::new();
+    for name in ["FULL-1-d", "FULL-5-d", "INC-5-d"] {
+        b.image(&format!("d/{name}"), None);
+    }
+    manifest(&b.path("d"), "FULL-1-d", Level::Full, None, 0);
+    assert!(remedy(&b).contains("restore the manifests"), "{}", remedy(&b));
+    manifests::remove(&b.path("d"), "FULL-1-d".as_ref()).unwrap();
+    let told = remedy(&b);
+    assert!(!told.contains("manifest") && told.contains("with 6 instead of 5"), "{told}");
+    std::fs::rename(b.path("d/INC-5-d"), b.path("d/INC-6-d")).unwrap();
+    assert!(b.shown().contains(&"d: FULL-5-d < INC-6-d".into()), "{:?}", b.shown());
 }
 
 #[test]

@@ -125,6 +125,15 @@ fn bitmaps_of_a_target_that_is_gone_go_in_one_step() {
     };
     let text = asked(&caller, &["info", "bitmaps"]);
     assert_eq!(ids(&text).len(), 2, "{text}");
+    // A watermark's marks are no changes.
+    let (marks, others): (Vec<&str>, Vec<&str>) =
+        text.lines().partition(|l| l.contains("-floor: "));
+    assert!(!marks.is_empty() && marks.len() < text.lines().count(), "{text}");
+    assert!(
+        marks.iter().all(|l| l.contains(": watermark over ") && !l.contains("dirty")),
+        "{text}"
+    );
+    assert!(others.iter().all(|l| l.contains(" dirty")), "{text}");
     // The node, and what the user calls the disk.
     assert!(text.lines().all(|l| l.starts_with("n (vda): bitmap ")), "{text}");
     let id_in = |target: &std::path::Path| std::fs::read_to_string(target.join("uuid")).unwrap();

@@ -268,8 +268,20 @@ fn a_list_is_of_what_was_asked_for() {
 }
 
 /// Writes a disk's FULL or INC of a run that made these images, with its manifest.
-fn point_of(b: &tree::Backups, image: &str, (run, time): (&str, i64), vm: &Value, made: &[&str]) {
-    let disk = image.rsplit('-').next().unwrap();
+fn point_of(b: &tree::Backups, image: &str, run: (&str, i64), vm: &Value, made: &[&str]) {
+    point_in(b, "", image, run, vm, made);
+}
+
+/// The same in a folder of the backup directory.
+fn point_in(
+    b: &tree::Backups,
+    folder: &str,
+    image: &str,
+    (run, time): (&str, i64),
+    vm: &Value,
+    made: &[&str],
+) {
+    let disk = format!("{folder}{}", image.rsplit('-').next().unwrap());
     if !image.starts_with("lost/") {
         b.image(&format!("{disk}/{image}"), None);
     }
@@ -280,10 +292,10 @@ fn point_of(b: &tree::Backups, image: &str, (run, time): (&str, i64), vm: &Value
         "format_version": manifest::FORMAT_VERSION, "run": run, "image": image, "level": level, "time": time,
         "format": "qcow2", "content": if level == "full" { "full" } else { "dirty-only" },
         "virtual_size": 0, "file_size": 0, "vm": vm, "run_images": made.collect::<Vec<_>>(),
-        "parent": (level == "inc").then(|| format!("FULL-100-{disk}")),
+        "parent": (level == "inc").then(|| format!("FULL-100-{}", image.rsplit('-').next().unwrap())),
     });
     let m = manifest::parse(m.to_string().as_bytes()).unwrap();
-    manifest::write(&b.path(disk), &m).unwrap();
+    manifest::write(&b.path(&disk), &m).unwrap();
 }
 
 /// What `list` says about the newest runs.
@@ -339,4 +351,102 @@ fn vms_of_one_name_have_runs_of_their_own_and_what_was_recorded_later_is_of_none
     let b = tree::Backups::new();
     point_of(&b, "FULL-100-a", ("", 100), &vm(1), &["FULL-100-a", "FULL-100-b"]);
     assert!(gaps(&b).is_empty());
+}
+
+/// Backups of one second have images of one name, each in its VM's folder.
+#[test]
+fn a_lost_image_is_that_of_one_vm_and_of_no_other() {
+    let b = tree::Backups::new();
+    for (vm, run) in [("vm1", "r1"), ("vm2", "r2"), ("vm3", "r3")] {
+        let about = serde_json::json!({"query-name": {"name": vm}});
+        let (folder, made) = (format!("{vm}/"), ["FULL-100-a", "FULL-100-b"]);
+        point_in(&b, &folder, "FULL-50-b", (&format!("old-{run}"), 50), &about, &["FULL-50-b"]);
+        point_in(&b, &folder, "FULL-100-a", (run, 100), &about, &made);
+        // Of the first nothing is left of it, of the second its manifest, and the third is whole.
+        match vm {
+            "vm1" => {}
+            "vm2" => point_in(&b, &folder, "lost/FULL-100-b", (run, 100), &about, &made),
+            _ => point_in(&b, &folder, "FULL-100-b", (run, 100), &about, &made),
+        }
+    }
+    let root = b.root().to_str().unwrap();
+    let to = images::tempdir();
+    let to = to.path().join("to");
+    let (exit, said) =
+        fleecefs(&["restore", root, "--run", "latest", "--to", to.to_str().unwrap(), "-n"]);
+    let lost = |vm: &str| format!("disk {vm}/b: not restored: image FULL-100-b of this run");
+    assert!(said.contains(&lost("vm1")) && said.contains(&lost("vm2")), "{said}");
+    assert!(exit == Some(16) && said.contains("2 of 6 disks not restored"), "{exit:?}: {said}");
+    assert_eq!(said.matches("not restored: image").count(), 2, "{said}");
+    // That of which a manifest is left is told by its disk, and the other as a gap of its VM's run.
+    let told = gaps(&b);
+    assert!(told.len() == 1 && told[0].contains("missing FULL-100-b of disk vm1/b"), "{told:?}");
+    assert!(b.findings().iter().any(|f| f.path.ends_with("vm2/b/FULL-100-b")));
+    // What is asked for one VM is about that one.
+    let config = fleecefs(&["config", b.path("vm3").to_str().unwrap(), "--json"]);
+    assert_eq!(config.0, Some(0), "{}", config.1);
+    let (exit, said) = fleecefs(&["config", b.path("vm2").to_str().unwrap()]);
+    assert!(exit == Some(12) && said.contains("FULL-100-b of this run is missing"), "{said}");
+}
+
+/// The paths of all that is in a folder.
+fn below(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path());
+    let mut all: Vec<_> = entries
+        .flat_map(|p| if p.is_dir() { [vec![p.clone()], below(&p)].concat() } else { vec![p] })
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn what_is_refused_has_made_no_folder() {
+    use std::os::unix::fs::PermissionsExt;
+    let (b, dir, state) = (tree::Backups::new(), images::tempdir(), images::tempdir());
+    b.image("vm/a/FULL-100-a", None);
+    let (root, at) = (b.root().to_str().unwrap(), |name: &str| {
+        dir.path().join(name).to_str().unwrap().to_string()
+    });
+    let (new, absent, shared) = (at("new"), at("absent"), at("shared/new"));
+    let scratch = |path: &str| format!("--writable={path}");
+    std::fs::create_dir_all(dir.path().join("shared")).unwrap();
+    std::fs::create_dir_all(dir.path().join("mountpoint")).unwrap();
+    // In it others could put something else in the place of what is made there.
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(dir.path().join("shared"), open).unwrap();
+    let before = below(dir.path());
+    let (writable, unsafe_one) = (scratch(&new), scratch(&shared));
+    let refused: &[&[&str]] = &[
+        &["live-restore", root, "1999-01-01", "--to", &new],
+        &["live-restore", root, "--to", &shared],
+        &["restore", root, "--run", "1999-01-01", "--to", &new],
+        &["boot", root, "1999-01-01", "--check", "--out", &new],
+        &[
+            "boot",
+            root,
+            "--check",
+            "--out",
+            &new,
+            "--firmware",
+            &absent,
+            "--firmware-vars",
+            &absent,
+        ],
+        &["attach", root, "a/FULL-200-a", "--mount", &new],
+        &["mount", &writable, root, &absent],
+        &["mount", &unsafe_one, root, &at("mountpoint")],
+        &["replicate", &absent, &new],
+        &["backup", "--init", "--level", "full", "--qmp", &absent, "--target", &new],
+    ];
+    for args in refused {
+        let out = Command::new(env!("CARGO_BIN_EXE_fleecefs"))
+            .args(*args)
+            .env("XDG_STATE_HOME", state.path())
+            .env("HOME", state.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.code().is_some_and(|code| code != 0), "{args:?}: {said}");
+        assert_eq!(below(dir.path()), before, "{args:?}: {said}");
+    }
 }

@@ -12,7 +12,7 @@ pub(crate) mod format;
 pub(crate) mod group;
 pub(crate) mod open_formats;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 
@@ -253,7 +253,7 @@ impl<'a> Linker<'a> {
         let ends: Vec<_> = candidates.iter().filter(|i| !is_below(**i)).collect();
         match ends[..] {
             [one] if ties.is_empty() => Ok(*one),
-            _ => Err(self.tie(candidates)),
+            _ => Err(self.tie(m, candidates)),
         }
     }
 
@@ -267,14 +267,49 @@ impl<'a> Linker<'a> {
         self.by_name.get(base.as_os_str()).copied()
     }
 
-    fn tie(&self, candidates: &[usize]) -> Error {
+    fn tie(&self, m: &ChainFile, candidates: &[usize]) -> Error {
         let names: Vec<_> = candidates.iter().map(|i| path_text(self.members[*i].name())).collect();
         let what = format!(
             "its parent image is not known ({}): neither the times in the names nor a manifest \
              order them",
             names.join(", ")
         );
-        incomplete(what).remedy("restore the manifests of these files from .fleecefs/")
+        incomplete(what).remedy(self.how_to_order(m, candidates))
+    }
+
+    /// What tells which of two files of one time is the later one.
+    fn how_to_order(&self, m: &ChainFile, candidates: &[usize]) -> String {
+        // Whoever wrote these disks writes no manifests: there is none to restore.
+        if self.members.iter().any(|m| m.manifest.is_some()) {
+            return "restore the manifests of these files from .fleecefs/".into();
+        }
+        let all = candidates.iter().map(|i| &self.members[*i]).chain([m]);
+        let mut by_time: BTreeMap<i64, BTreeSet<&OsStr>> = BTreeMap::new();
+        for file in all {
+            by_time.entry(file.stamp.unwrap_or(i64::MIN)).or_default().insert(file.name());
+        }
+        let clash = by_time.iter().find(|(time, names)| **time != i64::MIN && names.len() > 1);
+        let Some((time, names)) = clash else {
+            return "rename the files without a time in their names to the names they were written with"
+                .into();
+        };
+        let names: Vec<_> = names.iter().map(|name| path_text(name)).collect();
+        let names = names.join(" and ");
+        let Some(free) = self.free_time(*time) else {
+            return format!(
+                "{names} have the same time: rename them so that times follow their order"
+            );
+        };
+        format!(
+            "{names} have the same time: rename the one that was written later ('ls -l --full-time' shows when), with \
+             {free} instead of {time} in its name"
+        )
+    }
+
+    /// The next second, if no file has it.
+    fn free_time(&self, time: i64) -> Option<i64> {
+        let next = time.checked_add(1)?;
+        self.members.iter().all(|m| m.stamp != Some(next)).then_some(next)
     }
 
     /// Compares with what the image itself says about its backing file.

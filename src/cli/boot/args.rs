@@ -198,7 +198,7 @@ pub(in crate::cli) struct CheckArgs {
     /// Check the newest run of each VM, one after the other
     #[arg(long, requires = "check")]
     pub all_latest: bool,
-    /// Go on with the next VM where one does not come up
+    /// Go on with the next VM where one does not come up (one whose images are missing stops no other)
     #[arg(long, requires = "all_latest")]
     pub keep_going: bool,
 }

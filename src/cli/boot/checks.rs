@@ -1,6 +1,5 @@
 //! `fleecefs boot --check`: of one run, or of the newest of each VM.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,18 +12,17 @@ use super::args::BootArgs;
 use super::prepare::{prepared, scratch};
 use super::with_display;
 use crate::boot::{Checked, Criteria, Disks, Outputs, Running, check};
-use crate::chain::{Catalog, Disk, manifest_of};
+use crate::chain::Catalog;
 use crate::cli::one_run::{self, OneRun};
 use crate::cli::paths::to_make;
 use crate::cli::{unsound, work};
 use crate::error::{Error, Kind, Result};
 use crate::folder::{self, Folder};
 use crate::history::Entry;
-use crate::manifest::RunImage;
 use crate::mount::check_outside;
 use crate::output;
 use crate::restore::run;
-use crate::restore::run::Guest;
+use crate::restore::run::{Guest, Run};
 use crate::text::{path_text, to_text, visible_lines};
 use crate::units::iso_time;
 use crate::verify::last_verified::{remember_boot, wait_for_clock};
@@ -35,19 +33,19 @@ const OLDER_RUNS: &str =
 /// The longest part of a file's name that comes from a VM's.
 const LONGEST_NAME: usize = 64;
 
-/// The newest points of a VM.
-#[derive(Default)]
-struct Newest<'a> {
-    points: Vec<(&'a Disk, usize)>,
-    /// An image of the same run that is missing.
-    missing: Option<RunImage>,
+/// A VM to check: its points, or why it cannot be started as it was.
+enum Chosen<'a> {
+    Whole(OneRun<'a>),
+    /// Nothing of it is started.
+    Refused(Box<Report>),
 }
 
 /// A VM that was checked, or why it could not be.
 struct Report {
     name: String,
     run: Option<String>,
-    time: i64,
+    /// Of its newest point.
+    time: Option<i64>,
     points: Vec<(String, String)>,
     result: Result<Checked>,
     picture: Option<PathBuf>,
@@ -55,6 +53,19 @@ struct Report {
 }
 
 impl Report {
+    /// Of a VM of which nothing is known.
+    fn none() -> Self {
+        Report {
+            name: String::new(),
+            run: None,
+            time: None,
+            points: Vec::new(),
+            result: Err(Error::new(Kind::Interrupted, "not checked")),
+            picture: None,
+            log: None,
+        }
+    }
+
     /// Of what was not checked yet.
     fn of(run: &OneRun<'_>) -> Self {
         let first = run.points.first();
@@ -62,15 +73,13 @@ impl Report {
         Report {
             name: first.map(|c| Guest::of(c.disk, manifest).name()).unwrap_or_default(),
             run: manifest.map(|m| m.run.clone()).filter(|r| !r.is_empty()),
-            time: run.points.iter().map(|c| c.disk.points[c.point].time).max().unwrap_or(0),
+            time: run.points.iter().map(|c| c.disk.points[c.point].time).max(),
             points: run
                 .points
                 .iter()
                 .map(|c| (to_text(c.disk.path.as_os_str()), c.disk.points[c.point].name.clone()))
                 .collect(),
-            result: Err(Error::new(Kind::Interrupted, "not checked")),
-            picture: None,
-            log: None,
+            ..Report::none()
         }
     }
 }
@@ -97,21 +106,19 @@ impl Report {
 /// `Unsound` if a VM does not come up; why one could not be started.
 pub(super) fn run(args: &BootArgs, catalog: &Catalog, entry: &mut Entry) -> Result<()> {
     let cancel = work::undo_flag()?;
-    let groups = match args.check.all_latest {
-        true => newest_of_each(catalog)?.into_iter().map(Some).collect(),
-        false => vec![None],
+    let chosen = match args.check.all_latest {
+        true => newest_of_each(catalog)?,
+        false => vec![Chosen::Whole(one_run::find(catalog, &args.points)?)],
     };
+    // What can be said without the folder is said before it is made.
+    args.wanted()?;
     let out = args.check.out.as_deref().map(|path| out_folder(path, catalog)).transpose()?;
     let mut reports = Vec::new();
-    for (number, group) in groups.into_iter().enumerate() {
-        let (run, missing) = match group {
-            Some(newest) => (one_run::of_points(newest.points)?, newest.missing),
-            None => (one_run::find(catalog, &args.points)?, None),
-        };
+    for (number, chosen) in chosen.into_iter().enumerate() {
         let number = args.check.all_latest.then_some(number + 1);
-        let report = match missing {
-            None => one(args, catalog, &run, (out.as_ref(), number), &cancel),
-            Some(image) => incomplete(catalog, &run, &image),
+        let (tried, report) = match chosen {
+            Chosen::Whole(run) => (true, one(args, catalog, &run, (out.as_ref(), number), &cancel)),
+            Chosen::Refused(report) => (false, *report),
         };
         if let Err(e) = &report.result
             && e.kind() == Kind::Interrupted
@@ -124,7 +131,8 @@ pub(super) fn run(args: &BootArgs, catalog: &Catalog, entry: &mut Entry) -> Resu
             output::print(&text(&report))?;
         }
         reports.push(report);
-        if !passed && !args.check.keep_going {
+        // What one VM lacks says nothing of the next.
+        if tried && !passed && !args.check.keep_going {
             break;
         }
     }
@@ -155,34 +163,33 @@ fn verdict(reports: Vec<Report>) -> Result<()> {
     }
 }
 
-/// The points of the newest run of each VM.
+/// The newest run of each VM.
 ///
 /// # Errors
-/// `NotFound` if there is none; `Incomplete` if an image is missing of which nobody tells whose it is.
-fn newest_of_each(catalog: &Catalog) -> Result<Vec<Newest<'_>>> {
-    let mut guests: BTreeMap<Guest, Newest<'_>> = BTreeMap::new();
-    let mut latest = run::find(catalog, "latest")?;
-    let mut unclaimed = latest.missing.clone();
-    for (disk, point) in std::mem::take(&mut latest.points) {
-        let manifest = manifest_of(disk, point);
-        let newest = guests.entry(Guest::of(disk, manifest.as_ref())).or_default();
-        newest.points.push((disk, point));
-        let images = manifest.map(|m| m.run_images).unwrap_or_default();
-        unclaimed.retain(|i| !images.contains(i));
-        let missing = images.into_iter().find(|i| latest.missing.contains(i));
-        newest.missing = newest.missing.take().or(missing);
-    }
-    // Nothing tells which of the VMs lacks it.
-    match unclaimed.first() {
-        Some(i) => Err(one_run::is_missing(catalog, i).remedy(OLDER_RUNS)),
-        None => Ok(guests.into_values().collect()),
-    }
+/// `NotFound` if there is none.
+fn newest_of_each(catalog: &Catalog) -> Result<Vec<Chosen<'_>>> {
+    let all = run::newest_of_each(catalog)?.into_iter();
+    let choose = |(guest, run)| choose(catalog, run).unwrap_or_else(|e| refused(&guest, e));
+    Ok(all.map(choose).collect())
 }
 
-/// What is said of a VM that cannot be started as it was.
-fn incomplete(catalog: &Catalog, run: &OneRun<'_>, image: &RunImage) -> Report {
-    let e = one_run::is_missing(catalog, image).remedy(OLDER_RUNS);
-    Report { result: Err(e), ..Report::of(run) }
+fn refused<'a>(guest: &Guest, e: Error) -> Chosen<'a> {
+    let report = Report { name: guest.name(), result: Err(e), ..Report::none() };
+    Chosen::Refused(Box::new(report))
+}
+
+/// Whether a run can be started as it was.
+fn choose<'a>(catalog: &Catalog, run: Result<Run<'a>>) -> Result<Chosen<'a>> {
+    let Run { points, without, missing } = run?;
+    one_run::warn_of_others(&without);
+    let run = one_run::of_points(points)?;
+    Ok(match missing.first() {
+        None => Chosen::Whole(run),
+        Some(i) => {
+            let result = Err(one_run::is_missing(catalog, i).remedy(OLDER_RUNS));
+            Chosen::Refused(Box::new(Report { result, ..Report::of(&run) }))
+        }
+    })
 }
 
 fn out_folder(path: &Path, catalog: &Catalog) -> Result<Folder> {
@@ -202,7 +209,7 @@ fn one(
 ) -> Report {
     unsound::warn(&args.state, catalog, run.points.iter().map(|c| (c.disk, c.point)));
     let mut report = Report::of(run);
-    let base = file_name(&report.name, report.time, number);
+    let base = file_name(&report.name, report.time.unwrap_or(0), number);
     let since = wait_for_clock(catalog);
     let log = out.map(|folder| new_file(folder, &format!("{base}.log"))).transpose();
     report.result = log.and_then(|log| {
@@ -305,7 +312,8 @@ fn remember(
 fn text(report: &Report) -> String {
     let mut text = String::new();
     let name = if report.name.is_empty() { "VM".into() } else { path_text(&report.name) };
-    let head = format!("{name}, {}", iso_time(report.time));
+    let time = report.time.map(|t| format!(", {}", iso_time(t)));
+    let head = format!("{name}{}", time.unwrap_or_default());
     match &report.result {
         Ok(c) if c.passed => {
             let line = format!("{head}: up after {} s: {}", c.took.as_secs(), c.reason);
@@ -347,7 +355,7 @@ fn as_json(report: &Report) -> Value {
     json!({
         "vm": report.name,
         "run": report.run,
-        "time": iso_time(report.time),
+        "time": report.time.map(iso_time),
         "points": points.collect::<Vec<_>>(),
         "passed": checked.is_some_and(|c| c.passed),
         "reason": checked.map(|c| &c.reason),

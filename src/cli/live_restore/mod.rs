@@ -49,6 +49,11 @@ pub(super) fn run(args: &LiveRestoreArgs) -> Result<()> {
 }
 
 fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
+    // A folder that is not there is made once all is checked that can be checked without it.
+    let early = match folder::exists(to) {
+        true => None,
+        false => Some(chosen(args, to, console)?),
+    };
     let storage = Storage::open(to)?;
     let cancel = work::undo_flag()?;
     let s =
@@ -60,7 +65,10 @@ fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
             return tell_result(console, &storage, &begun);
         }
         Some((begun, Stage::Started | Stage::Done)) => go_on(args, &s, begun)?,
-        Some((_, Stage::Prepared)) | None => begin(args, &s, console)?,
+        Some((_, Stage::Prepared)) | None => {
+            let chosen = early.map_or_else(|| chosen(args, storage.path(), console), Ok)?;
+            begin(&s, chosen, console)?
+        }
     };
     tell_start(console, &live);
     let begun = live.begun().clone();
@@ -69,21 +77,29 @@ fn watched(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<()> {
     tell_result(console, &storage, &begun)
 }
 
-/// Starts the VM of a run.
-fn begin(
-    args: &LiveRestoreArgs,
-    s: &Surroundings<'_>,
-    console: &Console,
-) -> Result<(Live, Option<Locks>)> {
+/// What is to be started, while nobody changes the backup.
+struct Chosen {
+    planned: Planned,
+    locks: Option<Locks>,
+}
+
+/// The VM of the run that is asked for, with its disks in the folder `to`, which need not be there yet.
+fn chosen(args: &LiveRestoreArgs, to: &Path, console: &Console) -> Result<Chosen> {
     let locks = keep(&backups(&args.dir)?, console)?;
     let catalog = catalog(&args.dir)?;
     let run = one_run::find(&catalog, &args.points)?;
     if !args.force {
         check_sound(&args.state.dir()?, &catalog, &run)?;
     }
-    warn_of_service(s.watch);
-    let planned = plan(args, &catalog, &run, s.storage.path())?;
-    mark::check_first(&planned.begun, s.storage.path())?;
+    warn_of_service(console);
+    let planned = plan(args, &catalog, &run, to)?;
+    mark::check_first(&planned.begun, to)?;
+    Ok(Chosen { planned, locks })
+}
+
+/// Starts the VM of a run.
+fn begin(s: &Surroundings<'_>, chosen: Chosen, console: &Console) -> Result<(Live, Option<Locks>)> {
+    let Chosen { planned, locks } = chosen;
     planned.notes.iter().for_each(|note| console.say(note));
     let bases = planned.bases()?;
     Ok((live::start(s, planned.begun, bases)?, locks))
