@@ -213,8 +213,8 @@ fn sectors_are_whole() {
         let folder = raw.path().join(name);
         std::fs::create_dir(&folder).unwrap();
         std::fs::write(folder.join(format!("FULL-1700000000-{name}.raw")), vec![7; size]).unwrap();
-        let out =
-            attach.attach_command(raw.path(), &format!("{name}/latest"), &[]).output().unwrap();
+        let mut command = attach.command(&["attach"]);
+        let out = command.arg(raw.path()).arg(format!("{name}/latest")).output().unwrap();
         assert!(out.status.success(), "{}", said(&out));
         let is_told = said(&out).contains("its last 100 bytes are no whole sector");
         assert_eq!(is_told, size % 512 != 0, "{name}: {}", said(&out));
