@@ -167,6 +167,8 @@ fn a_night_that_was_refused_is_told_too() {
         assert!(env.lines().any(|l| l == fact), "{env}");
     }
     assert_eq!((&json["vm"], &json["failures"][0]["exit_code"]), (&"".into(), &2.into()), "{json}");
+    let why = json["failures"][0]["message"].as_str().unwrap();
+    assert!(why.contains("toml:1:1: unknown key parallell") && env.contains(why), "{json}\n{env}");
     let last = night.history().pop().unwrap();
     assert_eq!((&last["command"], &last["exit_code"]), (&"backup".into(), &2.into()), "{last}");
     // Another night is at work.

@@ -44,7 +44,8 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
             plan.refused.push((disk, Error::new(Kind::Busy, b.reason.clone())));
         } else {
             // The manifests name it all the same: the VM has it.
-            plan.skipped.push(Skipped { disk, reason: EXCLUDED.into() });
+            let reason = if options.include.is_empty() { EXCLUDED } else { NOT_INCLUDED };
+            plan.skipped.push(Skipped { disk, reason: reason.into() });
         }
     }
     refuse_included(options, &inputs.seen, &mut plan);

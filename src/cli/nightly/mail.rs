@@ -105,7 +105,7 @@ fn body(outcome: &Outcome<'_>, result: &str) -> Vec<String> {
     let mut lines = vec![result.to_string()];
     if let Some(e) = outcome.error {
         lines.push(format!("exit code {}", e.kind().exit_code()));
-        if outcome.rows.is_empty() {
+        if outcome.rows.is_empty() && outcome.problems.is_empty() {
             lines.push(e.report());
         }
     }
