@@ -4,7 +4,7 @@
 //! manifests name it neither among the disks that were left out nor among those that failed. What cannot be told for
 //! sure is not gone: a VM without name and UUID, one whose newest backup was made while it was shut off (it has the
 //! images that were named), one of which a disk was left out whose name is none of those that are known, points
-//! without a manifest.
+//! without a manifest, or of 0.1.0, whose manifests do not say which images a run made.
 //!
 //! A *VM* is gone if others in the directory have had backups for [`VM_AWAY`], and it had none.
 
@@ -92,6 +92,8 @@ struct Last {
     /// Whether the VM itself told which it is.
     has_name: bool,
     is_offline: bool,
+    /// Whether it names all images of its run, so that one that is missing is known: 0.1.0 did not.
+    names_run: bool,
     /// What the disk may be called in another run's manifest.
     names: Vec<String>,
     /// What else the run had: by name, and the image if it made one.
@@ -126,6 +128,7 @@ impl Last {
             vm: vm_of(disk, m),
             has_name: said_of(m).is_some(),
             is_offline: m.consistency.reason == OFFLINE,
+            names_run: !m.run_images.is_empty(),
             names: id.chain(file).filter(|n| !n.is_empty()).collect(),
             others: skipped.chain(failed).chain(made).collect(),
         }
@@ -163,7 +166,8 @@ fn judged(all: &BTreeMap<PathBuf, Last>, now: i64) -> BTreeMap<PathBuf, Gone> {
 fn known_to<'a>(newest: &Last, disks: &[(&PathBuf, &'a Last)]) -> Option<BTreeSet<&'a str>> {
     let in_run: Vec<&'a Last> =
         disks.iter().map(|(_, l)| *l).filter(|l| l.run == newest.run).collect();
-    if newest.run.is_empty() || in_run.iter().any(|l| l.is_offline || !l.has_name) {
+    let is_vague = |l: &&Last| l.is_offline || !l.has_name || !l.names_run;
+    if newest.run.is_empty() || in_run.iter().any(is_vague) {
         return None;
     }
     let is_here = |image: &str| in_run.iter().any(|l| l.image == image);
