@@ -188,6 +188,9 @@ impl Run<'_> {
                 None => self.watch.warn_of(label, &text),
             }
         }
+        if let Some(original) = &d.copy_of {
+            self.watch.warn_of(label, &copied(d, original));
+        }
         self.announce_level(d);
     }
 
@@ -281,6 +284,19 @@ impl Run<'_> {
             run_images: plan.disks.iter().map(run_image).collect(),
         }
     }
+}
+
+/// What is said of a disk that has another's bitmaps.
+fn copied(d: &DiskPlan, original: &str) -> String {
+    let file = path_text(&d.disk.identity.file);
+    format!(
+        "{}: it has the bitmaps of {}, which is still there: it is taken for a copy of that, and backed up as a \
+         disk of its own in {}. If it takes the other's place, --name {file}=NAME goes on in the folder NAME, and \
+         'fleecefs link-disk' joins their points; another VM's disk is better in another --target",
+        path_text(&d.disk.label()),
+        path_text(&original),
+        path_text(&d.dir)
+    )
 }
 
 fn run_image(p: &DiskPlan) -> RunImage {
