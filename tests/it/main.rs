@@ -58,6 +58,7 @@ mod live_restore;
 mod loop_device;
 mod messages;
 mod migration;
+mod mistaken;
 mod mount;
 mod mount_process;
 mod nfs;

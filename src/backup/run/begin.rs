@@ -1,6 +1,6 @@
 //! The beginning of a run: what is to be done, and what it needs of QEMU beside the disks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::conclude::failure;
@@ -134,6 +134,9 @@ impl Run<'_> {
     }
 
     pub(in crate::backup) fn announce_plan(&self, plan: &Plan) {
+        if let Some(before) = &self.elsewhere {
+            self.watch.warn(&first_here(&self.vm, &self.options.target, before));
+        }
         for s in &plan.skipped {
             self.watch.say_of(&s.disk, &format!("{}: skipped: {}", s.disk, s.reason));
         }
@@ -284,6 +287,18 @@ impl Run<'_> {
             run_images: plan.disks.iter().map(run_image).collect(),
         }
     }
+}
+
+/// What is said of the first backup to a target of a VM that has another one: there it may be by mistake.
+pub(super) fn first_here(vm: &VmConfig, target: &Path, before: &Path) -> String {
+    let name = crate::manifest::vm_name(vm).or(crate::manifest::vm_uuid(vm));
+    let who = name.map_or_else(|| "this VM".to_string(), path_text);
+    format!(
+        "first backup of {who} to {}: it has been backed up to {} until now (check --target, and that its file \
+         system is mounted; --init says that a new backup directory is meant)",
+        path_text(&target),
+        path_text(&before)
+    )
 }
 
 /// What is said of a disk that has another's bitmaps.
