@@ -304,6 +304,9 @@ pub(crate) fn find<'a>(catalog: &'a Catalog, name: &str) -> Result<Run<'a>> {
     let found: Vec<&RunPoint<'_>> = all.iter().filter(|m| meant.has(m)).collect();
     let points: Vec<(&Disk, usize)> = found.iter().map(|m| (m.disk, m.point)).collect();
     if points.is_empty() {
+        if let Some(nothing) = catalog.nothing_here() {
+            return Err(nothing);
+        }
         let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
         let near = nearest(name, names_of(&all).into_iter());
         return Err(Error::new(Kind::NotFound, text).remedy(format!(
