@@ -143,7 +143,11 @@ fn a_full_that_counts_as_another_disk_is_not_sought_in_another_copy() {
             .output();
         assert!(out.unwrap().status.success(), "{command}");
     }
-    assert!(b.shown().contains(&"d: FULL-1-sda.qcow2 < INC-2-sda.qcow2".into()), "{:?}", b.shown());
+    assert!(
+        b.shown().contains(&"d/sda.qcow2: FULL-1-sda.qcow2 < INC-2-sda.qcow2".into()),
+        "{:?}",
+        b.shown()
+    );
 }
 
 #[test]

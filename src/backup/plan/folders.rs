@@ -413,12 +413,12 @@ fn has_needed(disk: &GuestDisk, h: &History) -> bool {
     needed(h).iter().any(|b| disk.bitmap(b).is_some())
 }
 
-/// Whether the disk of this point is still where it was, and `disk` is another file: it did not move then. At
-/// the same device of the same VM it did, and left its old file behind (a mirror job, a restored disk).
+/// Whether the disk of this point is still where it was, and `disk` is another file: it did not move then. That of
+/// a running VM did where the point is of the same VM, and left its old file behind (a mirror job, a restored disk);
+/// of images of a VM that is off nobody says whose they are.
 fn is_copy(inputs: &Inputs<'_>, disk: &GuestDisk, m: &Manifest) -> bool {
-    let own = device(&disk.identity);
-    let same_device = own != ("", "") && device(&m.disk) == own;
-    !(same_device && is_same_vm(inputs, m)) && are_two(&m.disk.file, &disk.identity.file)
+    let has_device = device(&disk.identity) != ("", "");
+    !(has_device && is_same_vm(inputs, m)) && are_two(&m.disk.file, &disk.identity.file)
 }
 
 /// The file of the folder's disk, if that is still there and `disk` is a copy of it.

@@ -593,7 +593,8 @@ fn a_copy_beside_its_original_is_a_new_disk() {
     // A running VM has mirrored its disk, and the old file is still there.
     m.vm = vm("1").into();
     manifest::write(&d, &m).unwrap();
-    let mirrored = disk(&at("copy"), vec![recording(bitmap(FIRST))]);
+    let mut mirrored = disk(&at("copy"), vec![recording(bitmap(FIRST))]);
+    mirrored.identity.qdev = "/m/v7".into();
     let level = RequestedLevel::Auto(None);
     let p = plan_with(&base, level, vec![mirrored], |i| i.vm = Some("11111111"));
     assert_eq!((p.disks[0].level, &p.disks[0].dir), (Level::Inc, &d));
