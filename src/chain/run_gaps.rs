@@ -151,11 +151,7 @@ fn told(catalog: &Catalog) -> HashMap<String, Vec<MissingImage>> {
 }
 
 /// One finding for each copy of the run that lacks something.
-fn gaps(
-    catalog: &Catalog,
-    run: &[(&Disk, Manifest)],
-    told: &[MissingImage],
-) -> Vec<Finding> {
+fn gaps(catalog: &Catalog, run: &[(&Disk, Manifest)], told: &[MissingImage]) -> Vec<Finding> {
     let all = run.iter().map(|(disk, m)| (disk.path.as_path(), m));
     let mut by_folder: BTreeMap<PathBuf, Vec<MissingImage>> = BTreeMap::new();
     for missing in missing_of_run(all, told) {

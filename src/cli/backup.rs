@@ -90,8 +90,8 @@ pub(super) struct BackupArgs {
     #[arg(long, value_name = "GROUP", value_parser = users::group, requires = "mode")]
     group: Option<u32>,
 
-    /// Start a new backup directory where this VM's old one is missing, or in a folder that has other files;
-    /// makes parent folders too
+    /// Start a new backup directory where this VM's old one is missing, or in a folder that has other files, or
+    /// beside the one that it has (without a warning); makes parent folders too
     ///
     /// Bitmaps of the old one keep recording in QEMU; 'fleecefs cleanup --uuid ID' removes them ('fleecefs
     /// info bitmaps' shows the ID).

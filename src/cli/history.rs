@@ -10,7 +10,8 @@ use super::shared::JsonArgs;
 use super::state::StateArgs;
 use super::table::{Row, Table};
 use super::verbosity;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
+use crate::folder;
 use crate::history::{self, Entry};
 use crate::output::{self, Line, Look};
 use crate::text::{path_text, to_text};
@@ -57,11 +58,14 @@ struct Printed<'a> {
 /// Runs `fleecefs history`.
 ///
 /// # Errors
-/// The state folder cannot be read.
+/// The state folder cannot be read; `NotFound` for a directory that is not there and was not.
 pub(super) fn run(args: &HistoryArgs) -> Result<()> {
     let state = args.state.dir()?;
     let all = history::read(&state)?;
     let dir = args.dir.as_deref().map(paths::to_make).transpose()?;
+    if let Some(dir) = &dir {
+        check_known(dir, &all.entries)?;
+    }
     let is_wanted = |e: &&Entry| {
         (!args.failed || e.has_failed())
             && args.since.is_none_or(|since| e.time >= since)
@@ -80,6 +84,16 @@ pub(super) fn run(args: &HistoryArgs) -> Result<()> {
         log::info!("not readable in {}: {lines}", path_text(&state.join("history")));
     }
     output::print_lines(&lines(&runs, verbosity::is_verbose()))
+}
+
+/// Fails for a directory of which nothing is known and that is not there: its name may be mistyped.
+fn check_known(dir: &Path, entries: &[Entry]) -> Result<()> {
+    if folder::exists(dir) || entries.iter().any(|e| is_below(e, dir)) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::NotFound, "no such directory, and no run on it in the history")
+        .at_path(dir)
+        .remedy("check the path; 'fleecefs history' shows those of all directories"))
 }
 
 /// Whether a run was on `dir` or on a directory below it.

@@ -56,6 +56,9 @@ fn of_one_name<'a>(catalog: &'a Catalog, name: &Path) -> Result<Vec<(&'a Disk, u
 }
 
 fn no_such(catalog: &Catalog, name: &Path) -> Error {
+    if let Some(nothing) = catalog.nothing_here() {
+        return nothing;
+    }
     let (shown, dir) = (path_text(&name), path_text(&catalog.root));
     let names = run::names(catalog).into_iter().chain(catalog.names_of_points(name));
     let near = nearest(&shown, names);

@@ -142,6 +142,9 @@ fn act(args: &RecoverArgs, entry: &mut Entry) -> Result<()> {
         done.left = done.left.saturating_add(more.left);
     }
     if done.done == 0 && done.left == 0 {
+        if args.of.is_offline() {
+            args.of.check_there(&vm)?;
+        }
         let state = path_text(&state);
         console
             .say(&format!("nothing to recover (state folder {state}; --state-dir names another)"));

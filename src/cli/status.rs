@@ -14,6 +14,7 @@ use super::watch;
 use crate::backup::offline;
 use crate::backup::state::control::Status;
 use crate::backup::state::{control, journal};
+use crate::backup::target::detect::has_backups;
 use crate::backup::target::reachable;
 use crate::error::{Error, Kind, Result};
 use crate::qmp::Address;
@@ -88,13 +89,27 @@ impl RunArgs {
         format!("'fleecefs {owner}recover {of}{state}' or the next backup cleans up")
     }
 
+    /// Fails if nobody can be there who runs: a VM's socket is gone, a backup directory is none. One that was just
+    /// begun has its lock already.
+    pub(super) fn check_there(&self, vm: &Address) -> Result<()> {
+        let is_none = match &self.target {
+            Some(target) => !has_backups_at(target),
+            None => !is_there(vm),
+        };
+        if is_none { Err(self.not_running(vm)) } else { Ok(()) }
+    }
+
     /// What to say where no backup runs: a VM is known by its socket, so a mistyped one is another.
     pub(super) fn not_running(&self, vm: &Address) -> Error {
         if let Some(target) = &self.target {
             let what = "no backup --offline to this backup directory is running";
-            return Error::new(Kind::NotFound, what)
-                .at_path(target)
-                .remedy("if that backup used another --state-dir, give the same here");
+            let remedy = match has_backups_at(target) {
+                true => "if that backup used another --state-dir, give the same here",
+                false => {
+                    "there are no backups: check the path, and that its file system is mounted"
+                }
+            };
+            return Error::new(Kind::NotFound, what).at_path(target).remedy(remedy);
         }
         let e = Error::new(Kind::NotFound, "no backup of this VM is running");
         match vm {
@@ -183,9 +198,7 @@ pub(super) fn run(args: &StatusArgs) -> Result<()> {
         };
     }
     // Whoever watches a socket that is not there has mistyped it, or the VM is off.
-    if !args.of.is_offline() && !is_there(&vm) {
-        return Err(args.of.not_running(&vm));
-    }
+    args.of.check_there(&vm)?;
     match args.print.json {
         true => output::print(&output::json_document(&json!({"state": "none"}))?),
         false => output::print_sentences(&format!("{}\n", args.of.not_running(&vm).report())),
@@ -222,6 +235,10 @@ fn text(s: &Status) -> String {
         output::push_line(&mut text, format!("  {}", watch::line(d)));
     }
     text
+}
+
+fn has_backups_at(target: &Path) -> bool {
+    paths::backups(target).is_ok_and(|real| has_backups(&real))
 }
 
 fn is_there(vm: &Address) -> bool {

@@ -340,6 +340,9 @@ fn newest_of<'a>(all: &[RunPoint<'a>]) -> Result<Run<'a>> {
 }
 
 fn no_run(catalog: &Catalog, name: &str, all: &[RunPoint<'_>]) -> Error {
+    if let Some(nothing) = catalog.nothing_here() {
+        return nothing;
+    }
     let text = format!("no run '{}' in {}", path_text(name), path_text(&catalog.root));
     let near = nearest(name, names_of(all).into_iter());
     Error::new(Kind::NotFound, text).remedy(format!(

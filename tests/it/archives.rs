@@ -18,22 +18,36 @@ use md5::{Digest, Md5};
 
 /// An archive with one disk of one cluster: block 0 is stored, the others are zero.
 fn archive(first: u8) -> Vec<u8> {
+    archive_of(&["drive-scsi0"], first)
+}
+
+/// The same of several devices, each in an extent of its own.
+fn archive_of(devices: &[&str], first: u8) -> Vec<u8> {
     let put = |at: &mut [u8], bytes: &[u8]| at[..bytes.len()].copy_from_slice(bytes);
+    let seal = |block: &mut [u8], at: usize| {
+        let sum = Md5::digest(&*block);
+        put(&mut block[at..], &sum);
+    };
     let mut h = vec![0; 12800];
     put(&mut h, b"VMA\0\0\0\0\x01an archive's id.");
     put(&mut h[24..], &1_700_000_000u64.to_be_bytes());
     put(&mut h[48..], &[12288u32, 100, 12800].map(u32::to_be_bytes).concat());
-    put(&mut h[4096 + 32..], &1u32.to_be_bytes());
-    put(&mut h[4096 + 40..], &65536u64.to_be_bytes());
-    put(&mut h[12289..], b"\x0c\0drive-scsi0\0");
-    let mut e = vec![0; 512];
-    put(&mut e, b"VMAE\0\0\0\x01an archive's id.");
-    put(&mut e[40..], &[0, 0b1, 0, 1, 0, 0, 0, 0]);
-    for (block, at) in [(&mut h, 32), (&mut e, 24)] {
-        let sum = Md5::digest(&*block);
-        put(&mut block[at..], &sum);
+    let mut extents = Vec::new();
+    for (i, name) in devices.iter().enumerate() {
+        let (at, blob) = (4096 + 32 * (i + 1), 1 + 40 * i);
+        put(&mut h[at..], &(blob as u32).to_be_bytes());
+        put(&mut h[at + 8..], &65536u64.to_be_bytes());
+        put(&mut h[12288 + blob..], &(name.len() as u16 + 1).to_le_bytes());
+        put(&mut h[12290 + blob..], name.as_bytes());
+        let mut e = vec![0; 512];
+        put(&mut e, b"VMAE\0\0\0\x01an archive's id.");
+        put(&mut e[40..], &[0, 0b1, 0, i as u8 + 1, 0, 0, 0, 0]);
+        seal(&mut e, 24);
+        extents.extend(e);
+        extents.extend(vec![first; 4096]);
     }
-    [h, e, vec![first; 4096]].concat()
+    seal(&mut h, 32);
+    [h, extents].concat()
 }
 
 /// The only point below a folder of the mount.
@@ -65,7 +79,9 @@ fn a_cut_archive_is_an_error_a_finding_and_a_log_line() {
     let dir = tempfile::tempdir().unwrap();
     let whole = archive(5);
     std::fs::write(dir.path().join("good.vma"), &whole).unwrap();
-    std::fs::write(dir.path().join("cut.vma"), &whole[..whole.len() - 1]).unwrap();
+    // What is before it is the RAM's state, which is no disk.
+    let longer = archive_of(&["vmstate", "drive-scsi0"], 5);
+    std::fs::write(dir.path().join("cut.vma"), &longer[..longer.len() - 1]).unwrap();
     let log = dir.path().join("log");
     let mount = Mount::with(dir.path(), &["--log-file", log.to_str().unwrap()]);
     let cut = point_below(&mount.path().join("cut"));
@@ -85,6 +101,28 @@ fn a_cut_archive_is_an_error_a_finding_and_a_log_line() {
     let mut bytes = [0; 512];
     point_below(&mount.path().join("good")).read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(bytes, [5; 512]);
+}
+
+/// `list` reads no more of an archive than its beginning.
+#[test]
+fn an_archive_that_is_cut_at_its_beginning_is_told_without_being_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = archive(5);
+    std::fs::write(dir.path().join("good.vma"), &whole).unwrap();
+    std::fs::write(dir.path().join("header.vma"), &whole[..12800]).unwrap();
+    std::fs::write(dir.path().join("extent.vma"), &whole[..whole.len() - 1]).unwrap();
+    let (catalog, _) = scan(dir.path(), &ScanOptions::default(), None).unwrap();
+    let cut = |name: &str| catalog.findings.iter().filter(|f| f.path.ends_with(name)).count();
+    assert_eq!((cut("good.vma"), cut("header.vma"), cut("extent.vma")), (0, 1, 1));
+    let points = catalog.disks.iter().flat_map(|d| &d.points).filter(|p| p.is_served());
+    assert_eq!(points.map(|p| p.name.as_str()).collect::<Vec<_>>(), ["good.vma"]);
+    let list = |more: &[&str]| {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.arg("list").arg(dir.path()).args(more).output().unwrap()
+    };
+    assert_eq!(list(&["--strict"]).status.code(), Some(12));
+    let said = String::from_utf8(list(&[]).stdout).unwrap();
+    assert!(said.contains("unavailable") && said.contains("the archive ends inside"), "{said}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use crate::support::tools::{have, run};
 use crate::support::tree::{self, Backups, manifest};
 use fleecefs::chain::scan::{ScanOptions, scan};
 use fleecefs::error::{Kind, Severity};
@@ -54,7 +55,7 @@ fn a_pointer_that_contradicts_the_names_is_not_followed() {
     for pointer in [
         "FULL-0-d",
         "/etc/hostname",
-        "json:{\"file\":{\"filename\":\"INC-2-d\"}}",
+        "json:{\"filename\":\"INC-2-d\"}",
         "nbd:localhost:1/INC-2-d",
         "nbd://localhost/INC-2-d",
         "fat:INC-2-d",
@@ -72,6 +73,81 @@ fn a_pointer_that_contradicts_the_names_is_not_followed() {
         assert_eq!(shown, ["d: FULL-0-d", "d: FULL-1-d", "d: FULL-1-d < INC-2-d"], "{pointer}");
         assert!(b.why("INC-4-d").path.ends_with("INC-3-d"));
     }
+}
+
+/// What QEMU opens, and what has no other meaning.
+#[test]
+fn a_description_of_the_file_beside_is_its_name() {
+    for pointer in [
+        r#"json:{"file":{"filename":"FULL-1-d"}}"#,
+        r#"json:{"driver":"qcow2","l2-cache-size":"1M","file":{"driver":"raw","file":{"driver":"file","filename":"FULL-1-d"}}}"#,
+        "json:{'driver':'qcow2','file':{'driver':'file','filename':'FULL-1-d'}}",
+    ] {
+        let b = Backups::new();
+        b.image("d/FULL-1-d", None);
+        b.image("d/INC-2-d", Some(pointer));
+        assert_eq!(b.shown(), ["d: FULL-1-d", "d: FULL-1-d < INC-2-d"], "{pointer}");
+        assert!(b.findings().is_empty(), "{pointer}");
+    }
+}
+
+/// No other copy of the backup has what is no backup of the disk.
+#[test]
+fn a_pointer_out_of_the_disk_is_no_missing_image() {
+    for pointer in [
+        "../../../etc/passwd",
+        "file:FULL-1-d.qcow2?x=1",
+        r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"file:FULL-1-d.qcow2"}}"#,
+        "FULL-0-other.qcow2",
+    ] {
+        for full in [true, false] {
+            let b = Backups::new();
+            if full {
+                b.image("d/FULL-1-d.qcow2", None);
+            }
+            b.image("d/INC-2-d.qcow2", Some(pointer));
+            let why = b.why("INC-2-d.qcow2");
+            assert_eq!(why.kind, Kind::Incomplete, "{pointer}");
+            assert!(why.message.contains("is not in the backup directory"), "{why}");
+            assert!(why.remedy.as_ref().unwrap().contains("put the backing image into"), "{why}");
+        }
+    }
+    // One of its own disk is.
+    let b = Backups::new();
+    b.image("d/INC-2-d.qcow2", Some("/old/FULL-1-d.qcow2"));
+    assert!(b.why("INC-2-d.qcow2").remedy.unwrap().contains("from another copy"));
+}
+
+/// The disk's name is the end of the file's: of one chain in files with two endings two disks are made.
+#[test]
+fn a_full_that_counts_as_another_disk_is_not_sought_in_another_copy() {
+    let test = "a_full_that_counts_as_another_disk_is_not_sought_in_another_copy";
+    if !have(test, &["qemu-img"]) {
+        return;
+    }
+    let b = Backups::new();
+    b.file("d/FULL-1-sda.raw", &[1; 65536]);
+    let inc = b.path("d/INC-2-sda.qcow2");
+    let raw = ["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "FULL-1-sda.raw"];
+    run("qemu-img", &[&raw[..], &[inc.to_str().unwrap(), "64k"]].concat());
+    let why = b.why("INC-2-sda.qcow2");
+    assert!(why.message.contains("FULL-1-sda.raw counts as another disk"), "{why}");
+    let remedy = why.remedy.unwrap();
+    assert!(!remedy.contains("another copy"), "{remedy}");
+    // The remedy is one.
+    for command in remedy.split('\'').filter(|part| part.starts_with("qemu-img ")) {
+        let words: Vec<&str> = command.split(' ').collect();
+        let out = std::process::Command::new("qemu-img")
+            .args(&words[1..])
+            .current_dir(b.path("d"))
+            .output();
+        assert!(out.unwrap().status.success(), "{command}");
+    }
+    assert!(
+        b.shown().contains(&"d/sda.qcow2: FULL-1-sda.qcow2 < INC-2-sda.qcow2".into()),
+        "{:?}",
+        b.shown()
+    );
 }
 
 #[test]

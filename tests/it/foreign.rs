@@ -100,8 +100,8 @@ fn archives_show_a_disk_for_each_device_and_their_damage_is_an_error() {
     }
     assert!(read(disk(&catalog, "dump/cut/drive-scsi0"), 0).is_err());
     assert_eq!(catalog.disks.len(), 3);
-    assert_eq!(catalog.findings.len(), 1, "{:?}", catalog.findings);
-    assert!(catalog.findings[0].path.ends_with("dump/not.vma"));
+    let told: Vec<_> = catalog.findings.iter().filter_map(|f| f.path.file_name()).collect();
+    assert_eq!(told, ["cut.vma", "not.vma"], "{:?}", catalog.findings);
 }
 
 #[test]

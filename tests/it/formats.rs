@@ -331,6 +331,25 @@ fn a_raw_disk_whose_name_says_nothing_is_decided_by_the_user() {
     }
 }
 
+/// To read it as qcow2 is no remedy for what is none.
+#[test]
+fn a_raw_name_with_another_formats_header_is_raw_or_nothing() {
+    let b = Backups::new();
+    for (name, first) in [
+        ("FULL-1700000000-a.raw", &b"KDMV"[..]),
+        ("FULL-1700000000-b.img", b"vhdxfile"),
+        ("FULL-1700000000-c.img", b"conectix"),
+        ("FULL-1700000000-d.raw", b"<<< "),
+        ("FULL-1700000000-e.raw", b"QFI\xfb\0\0\0\x01"),
+    ] {
+        b.file(&format!("v/{name}"), &[first, &[0x41; 4096][first.len()..]].concat());
+        let remedy = b.why(name).remedy.unwrap();
+        assert!(remedy.contains("--format raw") && !remedy.contains("qcow2"), "{name}: {remedy}");
+    }
+    b.file("v/FULL-1700000000-f.raw", b"QFI\xfb\0\0\0\x03");
+    assert!(b.why("FULL-1700000000-f.raw").remedy.unwrap().contains("--format qcow2"));
+}
+
 /// An archive is one whatever is said of it, and a name that says qcow2 is no raw disk's.
 #[test]
 fn what_another_format_begins_with_is_named_as_such() {

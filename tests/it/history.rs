@@ -117,7 +117,7 @@ fn each_run_leaves_a_line_and_a_dry_run_none() {
     assert_eq!(history(&s.state, &["-n", "2"]).0, runs[5..]);
     assert_eq!(history(&s.state, &["--failed"]).0.len(), 3);
     assert_eq!(history(&s.state, &[dir]).0, runs[..6]);
-    assert!(history(&s.state, &[&format!("{dir}/none")]).0.is_empty());
+    assert!(history(&s.state, &[&format!("{dir}/sda")]).0.is_empty());
     assert_eq!(history(&s.state, &["--since", "1d"]).0, runs);
     assert!(history(&s.state, &["--since", "2099-01-01"]).0.is_empty());
     // For people: a line each, and why it failed.

@@ -61,6 +61,7 @@ mod loop_device;
 mod mail;
 mod messages;
 mod migration;
+mod mistaken;
 mod mount;
 mod mount_process;
 mod nfs;

@@ -8,6 +8,39 @@ use crate::support::tools::{have, run};
 
 const QEMU: &[&str] = &["qemu-system-x86_64", "qemu-img", "qemu-io"];
 
+/// What is not mounted is empty.
+#[test]
+fn an_empty_directory_has_no_backup() {
+    let d = tempfile::tempdir().unwrap();
+    let root = d.path().to_str().unwrap();
+    for args in [
+        &["restore", root, "--run", "latest", "--to", "/nowhere/x"][..],
+        &["restore", root, "sda/latest", "/nowhere"],
+        &["restore", root, "latest", "/nowhere"],
+        &["config", root, "latest"],
+        &["list", root, "--disk", "sda"],
+    ] {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        let out = c.args(args).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(3), "{args:?}: {said}");
+        assert!(said.contains("no backup in") && said.contains("mounted?"), "{args:?}: {said}");
+        assert!(!said.contains("did you mean"), "{args:?}: {said}");
+    }
+}
+
+/// Nobody had a run on a directory that is not there.
+#[test]
+fn a_history_of_a_directory_that_is_not_there_is_none() {
+    let d = tempfile::tempdir().unwrap();
+    for (dir, code) in [("none", 3), (".", 0)] {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_fleecefs"));
+        c.arg("history").arg(d.path().join(dir)).arg("--state-dir").arg(d.path());
+        let out = c.output().unwrap();
+        assert_eq!(out.status.code(), Some(code), "{out:?}");
+    }
+}
+
 /// Whoever mistypes a name is told which he may have meant, whatever the command.
 #[test]
 fn a_mistyped_name_is_answered_with_those_that_are_alike() {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use super::disk_files::{are_two, numbered_kind};
 use super::planned::{DiskPlan, Inputs, Plan};
 use crate::backup::disks::GuestDisk;
 use crate::backup::target::history::History;
@@ -16,6 +17,17 @@ use crate::layout::Level;
 use crate::manifest::{DiskIdentity, Manifest};
 use crate::manifest::{vm_name, vm_uuid};
 
+/// What the target holds for a disk.
+#[derive(Debug)]
+pub(crate) struct Place {
+    /// Its folder.
+    pub dir: PathBuf,
+    /// What is in it.
+    pub history: History,
+    /// The file of another disk of the target of which this new one is a copy.
+    pub copy_of: Option<String>,
+}
+
 /// Which folder belongs to which disk, and what it holds. A disk keeps the folder whose manifests
 /// name its file, else its bitmap or device; a new one gets a folder by its base name, made unique.
 ///
@@ -25,7 +37,7 @@ pub(crate) fn assign(
     options: &Options,
     inputs: &Inputs<'_>,
     disks: &[GuestDisk],
-) -> Result<Vec<(PathBuf, History)>> {
+) -> Result<Vec<Place>> {
     disks.iter().try_for_each(|d| check_layout(options, inputs, d))?;
     let mut list: Vec<Option<(PathBuf, History)>> = vec![None; disks.len()];
     let mut histories = HistoryCache::default();
@@ -33,37 +45,58 @@ pub(crate) fn assign(
         fill(options, inputs, disks, &mut list, (rule, false), &mut histories)?;
     }
     fill_known(options, inputs, disks, &mut list)?;
-    if list.iter().any(Option::is_none) {
-        let mut others = others(options, inputs, &list)?;
-        if inputs.newcomer && list.iter().all(Option::is_none) {
-            refuse_other_vm(options, inputs, &others)?;
-        }
-        for (slot, disk) in
-            list.iter_mut().zip(disks).filter(|(slot, d)| slot.is_none() && d.named.is_none())
-        {
-            // Where it had moved before, or has a name that the user gave it once.
-            // Or it has a new place, and its name or none that is there.
-            let own = disk.folder_name(&options.layout);
-            let is_new = !folder::exists(&inputs.base.join(&own));
-            let is = |h: &History| {
-                same_file(inputs, disk, h)
-                    || carries_bitmap(inputs, disk, h)
-                    || same_serial(inputs, disk, h)
-                    || has_new_number(inputs, disk, h)
-                    || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
-            };
-            let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
-            let (dir, history) = others.swap_remove(at);
-            let whole = read_whole(&dir, history.tail, options.layout.no_subdir)?;
-            *slot = is(&whole).then_some((dir, whole));
-        }
-    }
+    let copies = match list.iter().any(Option::is_none) {
+        true => fill_from_others(options, inputs, disks, &mut list)?,
+        false => Vec::new(),
+    };
     fill(options, inputs, disks, &mut list, (unclaimed, true), &mut histories)?;
     check_names(disks, &list)?;
-    let list = list
-        .into_iter()
-        .map(|o| o.ok_or_else(|| Error::new(Kind::Exists, "too many folders of one disk's name")));
-    list.collect()
+    let mut copies = copies.into_iter();
+    let place = |found: Option<(PathBuf, History)>| {
+        let none = || Error::new(Kind::Exists, "too many folders of one disk's name");
+        let (dir, history) = found.ok_or_else(none)?;
+        Ok(Place { dir, history, copy_of: copies.next().flatten() })
+    };
+    list.into_iter().map(place).collect()
+}
+
+/// Gives disks the folders that have other names than theirs; and the files of which those that are still
+/// without one are copies.
+fn fill_from_others(
+    options: &Options,
+    inputs: &Inputs<'_>,
+    disks: &[GuestDisk],
+    list: &mut [Option<(PathBuf, History)>],
+) -> Result<Vec<Option<String>>> {
+    let mut others = others(options, inputs, list)?;
+    if inputs.newcomer && list.iter().all(Option::is_none) {
+        refuse_other_vm(options, inputs, &others)?;
+    }
+    for (slot, disk) in
+        list.iter_mut().zip(disks).filter(|(slot, d)| slot.is_none() && d.named.is_none())
+    {
+        // Where it had moved before, or has a name that the user gave it once.
+        // Or it has a new place, and its name or none that is there.
+        let own = disk.folder_name(&options.layout);
+        let is_new = !folder::exists(&inputs.base.join(&own));
+        let is = |h: &History| {
+            same_file(inputs, disk, h)
+                || carries_bitmap(inputs, disk, h)
+                || same_serial(inputs, disk, h)
+                || has_new_number(inputs, disk, h)
+                || (is_new || h.tail == own) && is_renamed(inputs, disk, h, disks)
+        };
+        let Some(at) = others.iter().position(|(_, h)| is(h)) else { continue };
+        let (dir, history) = others.swap_remove(at);
+        let whole = read_whole(&dir, history.tail, options.layout.no_subdir)?;
+        *slot = is(&whole).then_some((dir, whole));
+    }
+    let known = || list.iter().flatten().chain(&others).map(|(_, h)| h);
+    let copy = |(slot, disk): (&Option<_>, &GuestDisk)| match slot {
+        None if disk.named.is_none() => known().find_map(|h| copied_from(inputs, disk, h)),
+        _ => None,
+    };
+    Ok(list.iter().zip(disks).map(copy).collect())
 }
 
 /// `--no-subdir` forgotten once, or given once, must not end a chain: a FULL in the other layout would
@@ -353,20 +386,6 @@ fn has_new_number(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     same_kind && same_device && m.virtual_size == disk.size
 }
 
-/// The kind of a device whose name is a number in the order of discovery (`loop`, `sd`); `None` for other files.
-fn numbered_kind(file: &str) -> Option<&'static str> {
-    const KINDS: [&str; 10] = ["loop", "nbd", "rbd", "dm-", "zd", "drbd", "md", "sd", "vd", "nvme"];
-    let name = file.strip_prefix("/dev/")?;
-    let numbered = |kind: &&&str| {
-        let rest = name.strip_prefix(**kind);
-        let letters = ["sd", "vd"].contains(*kind);
-        let counts = |c: char| if letters { c.is_ascii_lowercase() } else { c.is_ascii_digit() };
-        // A partition or a namespace has a number behind it.
-        rest.is_some_and(|r| r.starts_with(counts) && r.chars().all(|c| c.is_ascii_alphanumeric()))
-    };
-    KINDS.iter().find(numbered).copied()
-}
-
 /// Whether a device has its name from the user: QEMU makes up the others, by their place.
 fn is_given(qdev: &str) -> bool {
     let made_up = ["/machine/unattached/", "/machine/peripheral-anon/"];
@@ -378,14 +397,34 @@ fn is_given(qdev: &str) -> bool {
 fn same_disk(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
     let same_vm = inputs.vm.is_some() && vm_uuid(&m.vm) == inputs.vm;
-    carries_bitmap(inputs, disk, h) || same_vm && device(&m.disk) == device(&disk.identity)
+    carries_bitmap(inputs, disk, h)
+        || same_vm && device(&m.disk) == device(&disk.identity) && !is_copy(inputs, disk, m)
 }
 
 /// The chain's bitmap is on the disk, and nothing says that the disk is a copy of another VM's.
 fn carries_bitmap(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> bool {
     let Some(m) = h.last_manifest().filter(|m| !other_vm(inputs, m)) else { return false };
-    let carries = needed(h).iter().any(|b| disk.bitmap(b).is_some());
-    carries && (is_same_vm(inputs, m) || agree(&m.disk, &disk.identity))
+    let is_it = is_same_vm(inputs, m) || agree(&m.disk, &disk.identity);
+    has_needed(disk, h) && is_it && !is_copy(inputs, disk, m)
+}
+
+/// Whether a bitmap that the folder's chain needs is on the disk.
+fn has_needed(disk: &GuestDisk, h: &History) -> bool {
+    needed(h).iter().any(|b| disk.bitmap(b).is_some())
+}
+
+/// Whether the disk of this point is still where it was, and `disk` is another file: it did not move then. That of
+/// a running VM did where the point is of the same VM, and left its old file behind (a mirror job, a restored disk);
+/// of images of a VM that is off nobody says whose they are.
+fn is_copy(inputs: &Inputs<'_>, disk: &GuestDisk, m: &Manifest) -> bool {
+    let has_device = device(&disk.identity) != ("", "");
+    !(has_device && is_same_vm(inputs, m)) && are_two(&m.disk.file, &disk.identity.file)
+}
+
+/// The file of the folder's disk, if that is still there and `disk` is a copy of it.
+fn copied_from(inputs: &Inputs<'_>, disk: &GuestDisk, h: &History) -> Option<String> {
+    let m = h.last_manifest()?;
+    (has_needed(disk, h) && is_copy(inputs, disk, m)).then(|| m.disk.file.clone())
 }
 
 /// Whether the point is of another VM for certain. Not every VM has a UUID.

@@ -1,6 +1,7 @@
 //! What a run will do, as a value: which disks, at which level and why, out of what is there.
 //! Pure: nothing here talks to QEMU or writes.
 
+mod disk_files;
 pub(crate) mod folders;
 pub(crate) mod level;
 pub(crate) mod planned;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use self::folders::Place;
 pub(crate) use self::planned::{DiskPlan, Inputs, Plan, unknown_disk};
 use super::disks::{GuestDisk, Survey};
 use super::target::history::History;
@@ -49,10 +51,10 @@ pub(crate) fn make(options: &Options, inputs: Inputs<'_>) -> Result<Plan> {
         }
     }
     refuse_included(options, &inputs.seen, &mut plan);
-    for (disk, (dir, history)) in wanted.into_iter().zip(folders) {
+    for (disk, place) in wanted.into_iter().zip(folders) {
         let label = disk.label().to_string();
         let index = plan.disks.len();
-        match plan_disk(options, &inputs, (index, disk), dir, &history) {
+        match plan_disk(options, &inputs, (index, disk), place) {
             Ok(d) => plan.disks.push(d),
             Err(e) => plan.refused.push((label, e)),
         }
@@ -161,9 +163,9 @@ fn plan_disk(
     options: &Options,
     inputs: &Inputs<'_>,
     (index, disk): (usize, GuestDisk),
-    dir: PathBuf,
-    history: &History,
+    place: Place,
 ) -> Result<DiskPlan> {
+    let Place { dir, history, copy_of } = place;
     let last_time = history.last_time();
     let time = inputs.now.max(last_time.saturating_add(1));
     let mut plan = DiskPlan {
@@ -178,7 +180,8 @@ fn plan_disk(
         diff_bitmap: None,
         obsolete: Vec::new(),
         last_time,
-        moved_from: moved_from(&disk, history),
+        moved_from: moved_from(&disk, &history),
+        copy_of,
         dir,
         disk,
     };
@@ -186,7 +189,7 @@ fn plan_disk(
         return Err(Error::new(Kind::Usage, "no name for this disk's images")
             .remedy("give it one with --name DISK=NAME"));
     }
-    level::choose(options, inputs, history, &mut plan)?;
+    level::choose(options, inputs, &history, &mut plan)?;
     level::choose_bitmaps(options, inputs, &mut plan);
     let word = names::level_word(plan.level);
     let plain = options.layout.no_timestamp && matches!(plan.level, Level::Full | Level::Copy);

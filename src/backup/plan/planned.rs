@@ -54,6 +54,8 @@ pub struct DiskPlan {
     pub last_time: i64,
     /// The file that the disk had at the last point, where it has another one now.
     pub moved_from: Option<String>,
+    /// The file of another disk of the target, still there, of which it is a copy: its bitmaps came along.
+    pub copy_of: Option<String>,
 }
 
 impl DiskPlan {

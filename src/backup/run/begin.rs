@@ -1,6 +1,6 @@
 //! The beginning of a run: what is to be done, and what it needs of QEMU beside the disks.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::conclude::failure;
@@ -134,6 +134,9 @@ impl Run<'_> {
     }
 
     pub(in crate::backup) fn announce_plan(&self, plan: &Plan) {
+        if let Some(before) = &self.elsewhere {
+            self.watch.warn(&first_here(&self.vm, &self.options.target, before));
+        }
         for s in &plan.skipped {
             self.watch.say_of(&s.disk, &format!("{}: skipped: {}", s.disk, s.reason));
         }
@@ -187,6 +190,9 @@ impl Run<'_> {
                 Some(_) => self.watch.say_of(label, &text),
                 None => self.watch.warn_of(label, &text),
             }
+        }
+        if let Some(original) = &d.copy_of {
+            self.watch.warn_of(label, &copied(d, original));
         }
         self.announce_level(d);
     }
@@ -281,6 +287,31 @@ impl Run<'_> {
             run_images: plan.disks.iter().map(run_image).collect(),
         }
     }
+}
+
+/// What is said of the first backup to a target of a VM that has another one: there it may be by mistake.
+pub(super) fn first_here(vm: &VmConfig, target: &Path, before: &Path) -> String {
+    let name = crate::manifest::vm_name(vm).or(crate::manifest::vm_uuid(vm));
+    let who = name.map_or_else(|| "this VM".to_string(), path_text);
+    format!(
+        "first backup of {who} to {}: it has been backed up to {} until now (check --target, and that its file \
+         system is mounted; --init says that a new backup directory is meant)",
+        path_text(&target),
+        path_text(&before)
+    )
+}
+
+/// What is said of a disk that has another's bitmaps.
+fn copied(d: &DiskPlan, original: &str) -> String {
+    let file = path_text(&d.disk.identity.file);
+    format!(
+        "{}: it has the bitmaps of {}, which is still there: it is taken for a copy of that, and backed up as a \
+         disk of its own in {}. If it takes the other's place, --name {file}=NAME goes on in the folder NAME, and \
+         'fleecefs link-disk' joins their points; another VM's disk is better in another --target",
+        path_text(&d.disk.label()),
+        path_text(&original),
+        path_text(&d.dir)
+    )
 }
 
 fn run_image(p: &DiskPlan) -> RunImage {

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use self::begin::look;
+use self::begin::{first_here, look};
 use self::session::Run;
 use super::fleece::space::Reserves;
 use super::fleece::{migration, nbdserver};
@@ -72,7 +72,7 @@ pub(crate) fn backup(
     let mut client = connect(options, &interrupt)?;
     if options.dry_run {
         migration::check(&mut client)?;
-        return dry_run(options, &targets, &mut client);
+        return dry_run(options, &targets, &mut client, watch);
     }
     let _qemu_lock = Lock::qemu(&options.state_dir, &client)?;
     let run = names::new_run()?;
@@ -92,6 +92,7 @@ pub(crate) fn backup(
         targets.check(&options.target)?;
     }
     let base = base_dir(options);
+    let elsewhere = used_before(options, &targets);
     if !folder::exists(&base) {
         watch.say(&format!("{}: a new folder for backups", path_text(&base)));
     }
@@ -130,6 +131,7 @@ pub(crate) fn backup(
         foreign_jobs: ForeignJobs::default(),
         newcomer: !options.shared && !targets.knows(&options.target),
         renamed: targets.folders(&options.target),
+        elsewhere,
     };
     let result = r.execute();
     let report = r.finish(result)?;
@@ -189,9 +191,22 @@ fn remember(options: &Options, report: &Report, targets: &mut Targets, watch: &d
         watch.warn(&e.report());
     }
     let renamed = folders::renamed(options, &report.plan);
-    if let Err(e) = targets.remember(&options.target, renamed) {
+    let disks = report.plan.disks.iter().map(|d| d.disk.identity.file.clone());
+    if let Err(e) = targets.remember(&options.target, renamed, disks.collect()) {
         watch.warn(&e.report());
     }
+}
+
+/// Where the VM, or a disk of it, was backed up to until now, where the target is a new one and nothing says that
+/// this is meant.
+fn used_before(options: &Options, targets: &Targets) -> Option<PathBuf> {
+    if options.init || options.level == RequestedLevel::Copy {
+        return None;
+    }
+    let known = |file: &str| {
+        options.offline.iter().flat_map(|known| &known.disks).any(|disk| disk.is(file))
+    };
+    targets.used_before(&options.target, known).map(Path::to_path_buf)
 }
 
 /// Makes the target, or its folder of the month. One that was there before has the mode that somebody
@@ -227,11 +242,19 @@ fn first_status(options: &Options, run: &str) -> Shared {
     }))
 }
 
-fn dry_run(options: &Options, targets: &Targets, client: &mut Client) -> Result<Report> {
+fn dry_run(
+    options: &Options,
+    targets: &Targets,
+    client: &mut Client,
+    watch: &dyn Watch,
+) -> Result<Report> {
     let run = names::new_run()?;
     let base = base_dir(options);
     let target = TargetId::of(&options.target, &base, false)?;
     let ((seen, vm), now) = (look(options, client)?, now());
+    if let Some(before) = used_before(options, targets) {
+        watch.warn(&first_here(&vm, &options.target, &before));
+    }
     let renamed = targets.folders(&options.target);
     let make = |no_inc: Option<String>| {
         let inputs = Inputs {

@@ -61,6 +61,8 @@ pub(crate) struct Run<'a> {
     pub(in crate::backup) newcomer: bool,
     /// See [`crate::backup::plan::planned::Inputs::renamed`].
     pub(in crate::backup) renamed: Folders,
+    /// Where the VM was backed up to until now, if the target is a new one.
+    pub(in crate::backup) elsewhere: Option<PathBuf>,
 }
 
 /// A disk on its way.

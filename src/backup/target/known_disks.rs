@@ -98,6 +98,13 @@ impl KnownDisks {
     }
 }
 
+impl KnownDisk {
+    /// Whether a file that QEMU, or an earlier run, named is this one.
+    pub(crate) fn is(&self, recorded: &str) -> bool {
+        is_file(recorded, Path::new(&self.identity.file), &self.real)
+    }
+}
+
 /// Whether a user who wrote `disk`, with or without a format, means the image `real`.
 fn means(disk: &str, real: &Path) -> bool {
     folder::resolve(Path::new(split(disk).1)).is_ok_and(|r| r == real)

@@ -2,8 +2,8 @@
 //! mounted, and a backup would fill the one below.
 //!
 //! `vm-KEY.targets` in the state folder has a JSON list of path and id (the text of the file `uuid`),
-//! oldest first. Several may share a path: disks that are changed every week. With each there are the
-//! folders of disks that are not called as the disk's file is: to find one takes a look into every
+//! oldest first. Several may share a path: disks that are changed every week. With each there are the files of
+//! the disks that were backed up to it, by which a VM that is off is known, and the folders of disks that are not called as the disk's file is: to find one takes a look into every
 //! folder of the target. (They are looked at all the same before anything is written to them.)
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,6 +40,9 @@ struct KnownTarget {
     /// By the disk's file.
     #[serde(default, skip_serializing_if = "Folders::is_empty")]
     folders: Folders,
+    /// The files of the disks that were backed up to it.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    disks: BTreeSet<String>,
 }
 
 impl KnownTarget {
@@ -123,6 +126,24 @@ impl Targets {
         id.is_some_and(|id| self.known.iter().any(|k| k.is(target, &id)))
     }
 
+    /// Where this VM, or one that has a disk of which `is_own` says so by its file, was backed up to until now, if
+    /// `target` is no backup directory yet: its path may be mistyped, or its file system not mounted.
+    pub(crate) fn used_before(
+        &self,
+        target: &Path,
+        is_own: impl Fn(&str) -> bool,
+    ) -> Option<&Path> {
+        if self.is_remembered(target) || has_backups(target) {
+            return None;
+        }
+        // Copies are made to many places.
+        let is_chain = |k: &&KnownTarget| !k.id.is_empty();
+        let same_disk = |k: &&KnownTarget| k.disks.iter().any(|file| is_own(file));
+        let known = self.known.iter().rev().find(is_chain);
+        let known = known.or_else(|| self.others.iter().rev().filter(is_chain).find(same_disk));
+        known.map(|k| k.path.as_path())
+    }
+
     /// All that are known to the state folder and have an id, and what they have by now: `None` where the id
     /// is not there (any more, or its file system is not mounted).
     pub(crate) fn with_ids(&self) -> Vec<(PathBuf, String, Option<TargetId>)> {
@@ -148,24 +169,35 @@ impl Targets {
         known.map(|k| k.folders.clone()).unwrap_or_default()
     }
 
-    /// Remembers `target`, whose id has been written, and these folders in it.
+    /// Remembers `target`, whose id has been written, these folders in it, and the files of its `disks`.
     ///
     /// # Errors
     /// What the operating system said.
-    pub(crate) fn remember(&mut self, target: &Path, folders: Folders) -> Result<()> {
+    pub(crate) fn remember(
+        &mut self,
+        target: &Path,
+        folders: Folders,
+        disks: BTreeSet<String>,
+    ) -> Result<()> {
         // A mere copy leaves no id.
         let id = stored_id(target)?.unwrap_or_default();
         if let Some(known) = self.known.iter_mut().find(|k| k.is(target, &id)) {
-            if folders.iter().all(|(file, name)| known.folders.get(file) == Some(name)) {
+            let same_folders =
+                folders.iter().all(|(file, name)| known.folders.get(file) == Some(name));
+            if same_folders && disks.is_subset(&known.disks) {
                 return Ok(());
             }
             if known.folders.len() >= MOST_FOLDERS {
                 known.folders.clear();
             }
+            if known.disks.len() >= MOST_FOLDERS {
+                known.disks.clear();
+            }
             known.folders.extend(folders);
+            known.disks.extend(disks);
             return self.write();
         }
-        self.known.push(KnownTarget { path: target.to_path_buf(), id, folders });
+        self.known.push(KnownTarget { path: target.to_path_buf(), id, folders, disks });
         let too_many = self.known.len().saturating_sub(MOST);
         self.known.drain(..too_many);
         self.write()
@@ -177,7 +209,10 @@ impl Targets {
         let mut text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
         if text.len() as u64 > LARGEST {
             // They can be found again.
-            self.known.iter_mut().for_each(|k| k.folders.clear());
+            for known in &mut self.known {
+                known.folders.clear();
+                known.disks.clear();
+            }
             text = serde_json::to_vec(&self.known).map_err(|e| failed(e.into()))?;
         }
         folder.write_whole(OsStr::new(&self.name), &text).map_err(failed)
@@ -293,23 +328,30 @@ mod tests {
         Folders::new()
     }
 
+    fn no_disks() -> BTreeSet<String> {
+        BTreeSet::new()
+    }
+
     #[test]
     fn folders_are_remembered_within_bounds() {
         let d = tempfile::tempdir().unwrap();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
         let read = || Targets::read(d.path(), &vm(), &[]).unwrap();
         let one = |n: usize, len: usize| Folders::from([(format!("/f{n}"), "x".repeat(len))]);
+        let files = |n: usize| BTreeSet::from([format!("/f{n}")]);
         for n in 0..2 * MOST_FOLDERS {
-            read().remember(d.path(), one(n, 3)).unwrap();
+            read().remember(d.path(), one(n, 3), files(n)).unwrap();
         }
         let known = read().folders(d.path());
         assert!(known.len() <= MOST_FOLDERS && known.contains_key("/f511"), "{}", known.len());
-        read().remember(d.path(), none()).unwrap();
+        let disks = read().known.remove(0).disks;
+        assert!(disks.len() <= MOST_FOLDERS && disks.contains("/f511"), "{}", disks.len());
+        read().remember(d.path(), none(), no_disks()).unwrap();
         assert_eq!(read().folders(d.path()), known);
         // Another disk in the same place.
         std::fs::write(d.path().join("uuid"), "11234567").unwrap();
         assert_eq!(read().folders(d.path()), none());
-        read().remember(d.path(), one(1, LARGEST as usize)).unwrap();
+        read().remember(d.path(), one(1, LARGEST as usize), no_disks()).unwrap();
         assert!(read().folders(d.path()).is_empty() && read().knows(d.path()));
     }
 
@@ -324,7 +366,7 @@ mod tests {
         std::fs::create_dir_all(&target).unwrap();
         assert_eq!((kind(&target), kind(&disk.join("new"))), (Ok(()), Ok(())));
         std::fs::write(target.join("uuid"), "01234567-89ab-4cde-8f01-23456789abcd").unwrap();
-        Targets::read(&state, &vm(), &[]).unwrap().remember(&target, none()).unwrap();
+        Targets::read(&state, &vm(), &[]).unwrap().remember(&target, none(), no_disks()).unwrap();
         assert_eq!(kind(&target), Ok(()));
         // Another disk, of which we know nothing, has an id: it is a backup directory.
         std::fs::write(target.join("uuid"), "11234567-89ab-4cde-8f01-23456789abcd").unwrap();
@@ -343,12 +385,43 @@ mod tests {
     }
 
     #[test]
+    fn a_first_backup_elsewhere_is_known_by_the_vm_and_by_its_disks() {
+        let d = tempfile::tempdir().unwrap();
+        let (state, target) = (d.path().join("state"), d.path().join("tgt"));
+        let (typo, other) = (d.path().join("tgtt"), Address::Unix("/run/other".into()));
+        let before = |vm: &Address, target: &Path, disk: &str| {
+            let targets = Targets::read(&state, vm, &[]).unwrap();
+            targets.used_before(target, |file| file == disk).map(Path::to_path_buf)
+        };
+        let disks = || BTreeSet::from(["/vm/a".to_string()]);
+        let remember = |target: &Path| {
+            let mut targets = Targets::read(&state, &vm(), &[]).unwrap();
+            targets.remember(target, none(), disks()).unwrap();
+        };
+        // Only copies were made there.
+        std::fs::create_dir(&target).unwrap();
+        remember(&target);
+        assert_eq!(before(&vm(), &typo, "/vm/a"), None);
+        std::fs::write(target.join("uuid"), "01234567-89ab-4cde-8f01-23456789abcd").unwrap();
+        remember(&target);
+        assert_eq!(before(&vm(), &target, ""), None);
+        assert_eq!(before(&vm(), &typo, ""), Some(target.clone()));
+        assert_eq!(before(&other, &typo, "/vm/a"), Some(target.clone()));
+        assert_eq!(before(&other, &typo, "/vm/b"), None);
+        // An empty folder is no backup directory either; one of somebody else is.
+        std::fs::create_dir(&typo).unwrap();
+        assert_eq!(before(&vm(), &typo, ""), Some(target));
+        std::fs::write(typo.join("uuid"), "11234567-89ab-4cde-8f01-23456789abcd").unwrap();
+        assert_eq!(before(&vm(), &typo, ""), None);
+    }
+
+    #[test]
     fn a_target_of_copies_is_not_empty() {
         let d = tempfile::tempdir().unwrap();
         let (state, target) = (d.path().join("state"), d.path().join("copies"));
         std::fs::create_dir_all(target.join("sda")).unwrap();
         let read = || Targets::read(&state, &vm(), &[]).unwrap();
-        read().remember(&target, none()).unwrap();
+        read().remember(&target, none(), no_disks()).unwrap();
         assert!(read().check(&target).is_ok());
         std::fs::remove_dir(target.join("sda")).unwrap();
         assert!(read().check(&target).is_err());
@@ -452,10 +525,11 @@ mod tests {
             path: format!("/t{n}").into(),
             id: "i".into(),
             folders: none(),
+            disks: no_disks(),
         };
         targets.known = (0..MOST).map(known).collect();
         std::fs::write(d.path().join("uuid"), "01234567").unwrap();
-        targets.remember(d.path(), none()).unwrap();
+        targets.remember(d.path(), none(), no_disks()).unwrap();
         let read = Targets::read(d.path(), &vm(), &[]).unwrap();
         assert_eq!((read.known.len(), &read.known[0]), (MOST, &known(1)));
         std::fs::write(d.path().join(&read.name), "{}").unwrap();

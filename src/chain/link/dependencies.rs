@@ -8,7 +8,7 @@ use super::follow::DataFiles;
 use super::format::DECIDE;
 use super::group::{DiskMember, Group, base_name};
 use super::open_formats::{not_raw_after_all, qcow2_on_raw};
-use super::{ChainFile, Parent, follow, link};
+use super::{BACKING, ChainFile, Parent, follow, link};
 use crate::chain::NEWEST_LOST;
 use crate::chain::walk::pointer;
 use crate::chain::walk::probed::Probed;
@@ -185,10 +185,7 @@ impl<'a> Dependencies<'a> {
             };
         }
         self.backing(file).map_err(|e| {
-            let e = e.at_path(&entry.path).remedy(
-                "put the backing image into the backup directory, or flatten the image with \
-                 'qemu-img convert'",
-            );
+            let e = e.at_path(&entry.path).remedy(BACKING);
             Finding::from_error(&e, &entry.path)
         })
     }
@@ -299,8 +296,17 @@ fn member<'a>(tree: &'a Tree, belongs: &'a DiskMember) -> ChainFile<'a> {
         backing: entry.info().and_then(|i| i.backing_file.as_deref()),
         manifest: entry.manifest.as_deref(),
         unreadable: entry.manifest_problem.as_ref(),
+        backing_is_beside: is_beside(tree, entry),
         gone: tree.former.get(&belongs.file).map(PathBuf::as_path).filter(|p| !tree.has(p)),
     }
+}
+
+/// Whether the backing file that the image names is, by its name, in the image's folder.
+fn is_beside(tree: &Tree, entry: &FileEntry) -> bool {
+    let Some(info) = entry.info() else { return false };
+    let Some(folder) = entry.path.parent() else { return false };
+    let name = info.backing_file.as_deref().and_then(pointer::backing_name);
+    name.is_some_and(|name| tree.lookup(folder, Path::new(&name)).is_some())
 }
 
 /// What a manifest says that its file contradicts; with `salvage` not that the file was cut short.

@@ -257,8 +257,15 @@ fn by_override(entry: &mut FileEntry, format: ImageFormat) -> bool {
 /// Nothing decides but the content: of a name that says raw, no more than it must.
 fn by_content(entry: &mut FileEntry) {
     let name = entry.path.file_name().unwrap_or_default();
+    // A VMDK, or a qcow of version 1, is no qcow2 whatever a user says.
+    let may_be_qcow2 = match &entry.probed.content {
+        Content::Bad(finding) => finding.kind != Kind::Unsupported,
+        Content::Foreign(_) => false,
+        Content::Image(_) | Content::Plain => true,
+    };
+    let decide = if may_be_qcow2 { DECIDE } else { DECIDE_RAW };
     let refuse = |kind, what: String| {
-        let error = Error::new(kind, what).at_path(&entry.path).at_offset(0).remedy(DECIDE);
+        let error = Error::new(kind, what).at_path(&entry.path).at_offset(0).remedy(decide);
         Reading::Undecided(Finding::from_error(&error, &entry.path))
     };
     // To read such an image takes a walk over all of its tables.

@@ -21,6 +21,7 @@ use super::walk::pointer::normalise;
 use super::walk::tree::LostImage;
 use crate::error::{Error, Finding, Kind};
 use crate::layout::Level;
+use crate::layout::name::{Name, parse};
 use crate::manifest::{Brief, Contents};
 use crate::text::path_text;
 
@@ -42,6 +43,8 @@ pub(super) struct ChainFile<'a> {
     pub manifest: Option<&'a Brief>,
     /// Why its manifest cannot be read.
     pub unreadable: Option<&'a Finding>,
+    /// Whether there is a file beside it of the name of its backing file.
+    pub backing_is_beside: bool,
     /// What it depended on when it was last looked at, if that is gone.
     pub gone: Option<&'a Path>,
 }
@@ -221,9 +224,13 @@ impl<'a> Linker<'a> {
     /// a later one by its name.
     fn no_full(&self, m: &ChainFile) -> Error {
         let named = m.backing.and_then(|p| pointer::split(p).ok()).map(|(_, name)| name);
-        let Some(base) = named.and_then(|name| self.by_name.get(name.as_os_str()).copied()) else {
-            return incomplete("its chain has no FULL")
-                .remedy("restore the FULL of this chain from another copy of the backup");
+        let found = named.as_ref().and_then(|name| self.by_name.get(name.as_os_str()).copied());
+        let Some(base) = found else {
+            return match named.filter(|name| !is_of_disk(m, name)) {
+                Some(name) => not_of_disk(m, &name),
+                None => incomplete("its chain has no FULL")
+                    .remedy("restore the FULL of this chain from another copy of the backup"),
+            };
         };
         let base = &self.members[base];
         let why =
@@ -318,7 +325,10 @@ impl<'a> Linker<'a> {
         let Some(pointer) = m.backing else { return Ok(()) };
         let (folder, name) = pointer::split(pointer)?;
         if !base.is_called(&name) {
-            return Err(contradiction(pointer, &name, base, self.by_name.contains_key(&*name)));
+            return Err(match self.by_name.contains_key(&*name) || is_of_disk(m, &name) {
+                true => contradiction(pointer, &name, base, self.by_name.contains_key(&*name)),
+                false => not_of_disk(m, &name),
+            });
         }
         let own = m.path.parent().unwrap_or(Path::new(""));
         if normalise(own, &folder).as_deref() != Some(own) {
@@ -374,6 +384,45 @@ fn missing(name: &OsStr) -> Error {
     incomplete(format!("parent image {name} is missing"))
         .remedy(format!("restore {name} from another copy of the backup"))
 }
+
+/// Whether a file of this name is, or was, an image of the disk that `m` is of.
+fn is_of_disk(m: &ChainFile, name: &OsStr) -> bool {
+    match (parse(m.name()), parse(name)) {
+        (Name::Backup { disk, .. }, Name::Backup { disk: other, .. }) => disk == other,
+        // A FULL without a level in its name.
+        (Name::Backup { disk, .. }, _) => disk == name,
+        // Its manifest says what it is; its name says nothing of what others are called.
+        _ => true,
+    }
+}
+
+/// The image depends on what is no backup of its disk: no other copy of the backup has it.
+fn not_of_disk(m: &ChainFile, name: &OsStr) -> Error {
+    let pointer = m.backing.unwrap_or_default();
+    if !m.backing_is_beside {
+        return incomplete(format!("its backing file {pointer:?} is not in the backup directory"))
+            .remedy(BACKING);
+    }
+    let own = match parse(m.name()) {
+        Name::Backup { disk, .. } => path_text(&disk),
+        _ => "DISK".into(),
+    };
+    let full = match parse(name) {
+        Name::Backup { level: Level::Full, stamp: Some(time), .. } => format!("FULL-{time}-{own}"),
+        _ => format!("FULL-TIME-{own}"),
+    };
+    let name = path_text(&name);
+    let what = format!("its backing file {name} counts as another disk, by the end of its name");
+    incomplete(what).remedy(format!(
+        "what belongs together ends alike: 'qemu-img convert -O qcow2 {name} {full}', then on a copy \
+         'qemu-img rebase -u -F qcow2 -b {full} {}'",
+        path_text(&m.name())
+    ))
+}
+
+/// What to do where a backing file is not in the backup directory.
+pub(in crate::chain) const BACKING: &str = "put the backing image into the backup directory, or flatten the image with \
+                                 'qemu-img convert'";
 
 fn contradiction(pointer: &str, name: &OsStr, base: &ChainFile, exists: bool) -> Error {
     if !exists {

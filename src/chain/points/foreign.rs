@@ -14,6 +14,7 @@ use crate::chain::link::group::base_name;
 use crate::chain::walk::foreign_content::{ForeignContent, archive_stem, layout};
 use crate::chain::walk::tree::{FileEntry, FileId, Folder, Tree};
 use crate::chain::{Disk, Point};
+use crate::error::Finding;
 use crate::layer::{Format, LayerPart, LayerSpec, vma};
 use crate::layout::Level;
 
@@ -42,8 +43,10 @@ pub(in crate::chain) fn find(
             continue;
         };
         match entry.probed.inside() {
-            Ok(ForeignContent::Archive(header)) => {
-                add_archive(&folder.relative.join(stem), &name, entry, header, &mut archives);
+            Ok(ForeignContent::Archive(begin)) => {
+                let cut = begin.cut.as_ref().map(|e| Finding::from_error(e, &entry.path));
+                found.findings.extend(cut);
+                add_archive(&folder.relative.join(stem), &name, entry, begin, &mut archives);
             }
             Ok(_) => {}
             Err(finding) => found.findings.push(finding.clone()),
@@ -66,9 +69,10 @@ fn add_archive(
     place: &Path,
     name: &str,
     entry: &FileEntry,
-    header: &vma::Header,
+    begin: &vma::Beginning,
     disks: &mut BTreeMap<PathBuf, Disk>,
 ) {
+    let header = &begin.header;
     let total: u128 = header.devices.iter().map(|d| u128::from(d.size)).sum();
     for device in header.devices.iter().filter(|d| !d.is_state()) {
         let path = place.join(&device.name);
@@ -77,6 +81,8 @@ fn add_archive(
             points: Vec::new(),
             findings: Vec::new(),
         });
+        let is_absent = begin.absent.contains(&device.id);
+        let cut = begin.cut.as_ref().filter(|_| is_absent);
         // Without reading the archive, its bytes can only be shared out by size. Sizes are at
         // least 1, and a share is at most the whole.
         let share = u128::from(entry.probed.own_bytes) * u128::from(device.size) / total;
@@ -97,7 +103,7 @@ fn add_archive(
                 data_file: None,
             }],
             format_is_open: false,
-            unavailable: None,
+            unavailable: cut.map(|e| Finding::from_error(e, &entry.path)),
         });
     }
 }

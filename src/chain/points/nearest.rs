@@ -10,6 +10,7 @@ const FEW: usize = 3;
 pub fn nearest(wanted: &str, names: impl Iterator<Item = String>) -> String {
     let mut best: Vec<(usize, String)> = Vec::new();
     for name in names {
+        // What was given is not what was meant: it is none of them in the end.
         if name == wanted || !is_alike(wanted, &name) || best.iter().any(|b| b.1 == name) {
             continue;
         }
@@ -52,6 +53,7 @@ mod tests {
         assert!(told("FULL-1700000000-sdb").starts_with("did you mean FULL-1700000000-sda"));
         assert_eq!(told("y"), "");
         assert_eq!(nearest("lates", ["latest".to_string()].into_iter()), "did you mean latest? ");
+        assert_eq!(nearest("latest", ["latest".to_string()].into_iter()), "");
         assert_eq!(told("nothing"), "");
         assert_eq!(told(""), "");
         assert_eq!(nearest("a", std::iter::empty()), "");

@@ -49,6 +49,9 @@ impl Catalog {
 
     /// That there is no disk of this name.
     pub fn no_disk(&self, name: &Path) -> Error {
+        if let Some(nothing) = self.nothing_here() {
+            return nothing;
+        }
         let text = format!("no disk '{}' in {}", path_text(&name), path_text(&self.root));
         let disks = self.disks.iter().map(|d| to_text(d.path.as_os_str()));
         let near = nearest(&to_text(name.as_os_str()), disks);
@@ -123,7 +126,19 @@ impl Catalog {
         self.disks.iter().flat_map(|d| of_disk(d).into_iter().map(move |i| (d, i))).collect()
     }
 
+    /// That there is nothing at all, where that is so: a directory of which the file system is not mounted.
+    pub(crate) fn nothing_here(&self) -> Option<Error> {
+        let what = format!("no backup in {}", path_text(&self.root));
+        self.disks.is_empty().then(|| {
+            Error::new(Kind::NotFound, what)
+                .remedy("is its file system mounted? 'fleecefs list DIR' shows what is there")
+        })
+    }
+
     fn not_found(&self, selector: &Path) -> Error {
+        if let Some(nothing) = self.nothing_here() {
+            return nothing;
+        }
         let text = format!("no point '{}' in {}", path_text(&selector), path_text(&self.root));
         let wanted = path_text(selector);
         let wanted = wanted.strip_suffix(".raw").unwrap_or(&wanted);

@@ -14,7 +14,7 @@ use crate::storage::SourceFile;
 #[derive(Debug)]
 pub(in crate::chain) enum ForeignContent {
     /// A Proxmox archive.
-    Archive(vma::Header),
+    Archive(vma::Beginning),
     /// A stream of virtnbdbackup, and what is said of it if it ends too early.
     Stream(Meta, Option<Finding>),
     /// What is named like a copy or a full backup in virtnbdbackup's layout, but is no stream.
@@ -41,7 +41,7 @@ pub(in crate::chain) fn layout(file: &OsStr) -> Option<&'static str> {
 pub(in crate::chain) fn read_content(file: &SourceFile) -> Result<ForeignContent> {
     let name = file.path().file_name().unwrap_or_default().to_string_lossy();
     if archive_stem(&name).is_some() {
-        return vma::read_header(file).map(ForeignContent::Archive);
+        return vma::read_beginning(file).map(ForeignContent::Archive);
     }
     let level = StreamName::parse(&name).map(|n| n.level);
     if matches!(level, Some(Level::Copy | Level::Full)) && !sparsestream::has_magic(file)? {

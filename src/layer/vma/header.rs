@@ -205,8 +205,8 @@ fn fill(from: &mut dyn Read, buf: &mut [u8]) -> Result<()> {
     })
 }
 
-fn reading(e: std::io::Error) -> Error {
-    Error::io(e, "cannot read the archive's header")
+pub(super) fn reading(e: std::io::Error) -> Error {
+    Error::io(e, "cannot read the archive")
 }
 
 /// Something contradicts the format at `at`.

@@ -11,10 +11,12 @@
 //! refused as a whole, because it is not what its writer made. One that only ends too early is what
 //! its writer made as far as it goes: clusters that are there whole are served, the others are bad.
 
+use std::io;
+use std::io::Read;
 use std::ops::Range;
 
 use super::header::{BLOCK, CLUSTER};
-use super::header::{Device, Header, array, check_sum, corrupt, cut};
+use super::header::{Device, Header, array, check_sum, corrupt, cut, reading};
 use crate::error::{Error, Result};
 use crate::layer::{LayerMap, Mapping};
 use crate::storage::ReadAt;
@@ -25,6 +27,7 @@ const EXTENT_HEADER: u64 = 512;
 const SLOTS: usize = 59;
 
 const CUT_IN_HEADER: &str = "the archive ends inside an extent's header";
+const CUT_IN_DATA: &str = "the archive ends inside the data of an extent";
 
 /// One checked extent header.
 pub(super) struct Extent {
@@ -59,6 +62,11 @@ impl Extent {
         }
         let mut bytes = [0; EXTENT_HEADER as usize];
         storage.read_exact_at(&mut bytes, at)?;
+        Extent::parse(bytes, header, at)
+    }
+
+    /// Checks the bytes of the extent header at `at`.
+    fn parse(mut bytes: [u8; EXTENT_HEADER as usize], header: &Header, at: u64) -> Result<Extent> {
         if bytes[..4] != *b"VMAE" {
             return Err(corrupt(at, "there is no extent where one has to be"));
         }
@@ -86,6 +94,41 @@ impl Extent {
             at += u64::from(slot.mask().count_ones()) * BLOCK;
             (i, slot, here)
         })
+    }
+}
+
+/// That the archive ends inside its first extent, if it does.
+///
+/// # Errors
+/// `Truncated` if there is no extent; it is damaged, or cannot be read.
+pub(super) fn first_cut(storage: &dyn ReadAt, header: &Header) -> Result<Option<Error>> {
+    let extent = Extent::read(storage, header, header.len)?;
+    let end = extent.data + u64::from(extent.blocks) * BLOCK;
+    Ok((end > storage.len()).then(|| cut(storage.len(), CUT_IN_DATA)))
+}
+
+/// Reads the first extent, behind the header.
+///
+/// # Errors
+/// `Truncated` if it is not there whole; it is damaged, or cannot be read.
+pub(super) fn skip_first(from: &mut dyn Read, header: &Header) -> Result<()> {
+    let at = header.len;
+    let mut bytes = [0; EXTENT_HEADER as usize];
+    from.read_exact(&mut bytes).map_err(|e| ended(e, at, CUT_IN_HEADER))?;
+    let extent = Extent::parse(bytes, header, at)?;
+    // More than its slots have is told when it is read.
+    let blocks = extent.blocks.min(SLOTS as u16 * 16);
+    let len = u64::from(blocks) * BLOCK;
+    let read = io::copy(&mut from.take(len), &mut io::sink());
+    let read = read.map_err(|e| ended(e, extent.data, CUT_IN_DATA))?;
+    if read < len { Err(cut(extent.data + read, CUT_IN_DATA)) } else { Ok(()) }
+}
+
+/// Why what a compressed archive unpacks to ends.
+fn ended(e: io::Error, at: u64, what: &'static str) -> Error {
+    match e.kind() {
+        io::ErrorKind::UnexpectedEof => cut(at, what),
+        _ => reading(e),
     }
 }
 
@@ -133,7 +176,7 @@ impl Index {
             index.add(header, &extent, at, end, &mut used)?;
             at = extent.data + u64::from(extent.blocks) * BLOCK;
             if at > end {
-                index.cut = Some((end, "the archive ends inside the data of an extent"));
+                index.cut = Some((end, CUT_IN_DATA));
             }
         }
         for (device, runs) in header.devices.iter().zip(&mut index.runs) {

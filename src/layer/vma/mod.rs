@@ -28,6 +28,46 @@ pub fn read_header(storage: &dyn ReadAt) -> Result<Header> {
     Header::read(&mut *reader).map_err(|e| e.at_path(storage.name()))
 }
 
+/// How an archive begins.
+#[derive(Debug)]
+pub struct Beginning {
+    /// What it says of itself.
+    pub header: Header,
+    /// That it ends inside its first extent, if it does.
+    pub cut: Option<Error>,
+    /// The numbers of the devices of which nothing is there then.
+    pub absent: Vec<u8>,
+}
+
+/// Reads the header of an archive and looks at its first extent (at most 4 MiB): a copy that was cut short at
+/// its begin shows it there. All others are looked through when a point is opened.
+///
+/// # Errors
+/// As [`read_header`]; `Truncated` if the archive ends before its first extent, or inside that while it is
+/// compressed; the extent is damaged.
+pub fn read_beginning(storage: &dyn ReadAt) -> Result<Beginning> {
+    let named = |e: Error| e.at_path(storage.name());
+    let mut reader = unpack::reader(storage)?;
+    let header = Header::read(&mut *reader).map_err(named)?;
+    let is_empty = header.devices.iter().all(|d| d.is_state());
+    if is_empty {
+        return Ok(Beginning { header, cut: None, absent: Vec::new() });
+    }
+    if unpack::is_packed(storage)? {
+        index::skip_first(&mut *reader, &header).map_err(named)?;
+        return Ok(Beginning { header, cut: None, absent: Vec::new() });
+    }
+    let cut = index::first_cut(storage, &header).map_err(named)?;
+    let mut absent = Vec::new();
+    if cut.is_some() {
+        // It has no more than that extent.
+        let index = Index::build(storage, &header).map_err(named)?;
+        let devices = header.devices.iter().enumerate();
+        absent.extend(devices.filter(|(i, _)| !index.has_any(*i)).map(|(_, d)| d.id));
+    }
+    Ok(Beginning { header, cut: cut.map(named), absent })
+}
+
 /// An archive with the index of its clusters, shared by the layers of its devices.
 pub struct Archive {
     storage: Arc<dyn ReadAt>,

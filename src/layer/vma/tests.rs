@@ -226,6 +226,38 @@ fn of_an_archive_cut_anywhere_whole_clusters_are_served() {
 }
 
 #[test]
+fn a_beginning_that_was_cut_says_so() {
+    // Two extents; the first has clusters of one disk only.
+    let made = two_disks();
+    let bytes = made.bytes();
+    let blocks: usize = made.extents[0].iter().map(|s| s.1.len()).sum();
+    let (header, first) = (made.header().len(), made.header().len() + 512 + blocks);
+    let look = |bytes: &[u8]| read_beginning(&MemStorage::new("a.vma", bytes.to_vec()));
+    for len in [header, header + 1, header + 511] {
+        assert_eq!(look(&bytes[..len]).unwrap_err().kind(), Kind::Truncated, "{len}");
+    }
+    for len in [header + 512, header + 513, first - 1] {
+        let found = look(&bytes[..len]).unwrap();
+        assert_eq!(found.cut.unwrap().kind(), Kind::Truncated, "{len}");
+        let nothing = len < first - 1;
+        assert_eq!(found.absent, if nothing { vec![1, 7] } else { vec![7] }, "{len}");
+    }
+    for len in [first, first + 1, bytes.len()] {
+        let found = look(&bytes[..len]).unwrap();
+        assert!(found.cut.is_none() && found.absent.is_empty(), "{len}");
+    }
+    // Compressed: what is not whole is nothing.
+    let pack = |bytes: &[u8]| zstd::encode_all(bytes, 1).unwrap();
+    for len in [header, header + 1, header + 512, first - 1] {
+        assert_eq!(look(&pack(&bytes[..len])).unwrap_err().kind(), Kind::Truncated, "{len}");
+    }
+    assert!(look(&pack(&bytes)).is_ok() && look(&pack(&bytes[..first])).is_ok());
+    let mut damaged = bytes.clone();
+    damaged[header + 8] ^= 1;
+    assert_eq!(look(&damaged).unwrap_err().kind(), Kind::Corrupt);
+}
+
+#[test]
 fn every_flipped_bit_outside_the_data_is_noticed() {
     let bytes = small().bytes();
     let second = 12800 + 512 + 4096;

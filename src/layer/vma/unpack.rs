@@ -80,6 +80,14 @@ pub(super) fn reader<'a>(storage: &'a dyn ReadAt) -> Result<Box<dyn Read + 'a>> 
     packing.reader(storage).map_err(|e| unpacking(e, storage))
 }
 
+/// Whether its bytes are not the archive's own.
+///
+/// # Errors
+/// Reading failed.
+pub(super) fn is_packed(storage: &dyn ReadAt) -> Result<bool> {
+    Ok(Packing::of(storage)? != Packing::Plain)
+}
+
 /// The archive's plain bytes for reading anywhere: itself, or an unpacked copy.
 ///
 /// # Errors
