@@ -29,7 +29,7 @@ use crate::storage::ReadAt;
 ///
 /// Archives and streams are not looked for here: a guest decides what a raw image begins with, and
 /// must not be able to make it something else. They are recognised by their names, and
-/// [`vma::read_header`] and [`sparsestream::probe`] look into them.
+/// [`vma::read_beginning`] and [`sparsestream::probe`] look into them.
 ///
 /// # Errors
 /// The header is corrupt, truncated, encrypted or needs an unknown feature; or reading failed.

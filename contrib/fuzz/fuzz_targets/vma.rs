@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use fleecefs::layer::vma::{Archive, VmaLayer, read_header};
+use fleecefs::layer::vma::{Archive, VmaLayer, read_beginning};
 use fleecefs::layer::{Layer, Mapping};
 use fleecefs::storage::MemStorage;
 
@@ -13,9 +13,9 @@ const SPAN: u64 = 4 << 20;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let storage = Arc::new(MemStorage::new("a.vma", bytes.to_vec()));
-    let Ok(header) = read_header(&*storage) else { return };
+    let Ok(beginning) = read_beginning(&*storage) else { return };
     let Ok(archive) = Archive::open(storage).map(Arc::new) else { return };
-    for device in header.devices.iter().take(4) {
+    for device in beginning.header.devices.iter().take(4) {
         let Ok(layer) = VmaLayer::new(archive.clone(), device.id) else { continue };
         let range = 0..layer.size().min(SPAN);
         let map = layer.map(range.clone());

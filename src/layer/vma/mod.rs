@@ -19,15 +19,6 @@ use crate::storage::{ReadAt, Section, SourceFile};
 pub use header::{Device, Header};
 use index::Index;
 
-/// Reads the header of an archive, compressed or not: its devices and its time.
-///
-/// # Errors
-/// The header is damaged or cut, or the archive is compressed in a way that is not known.
-pub fn read_header(storage: &dyn ReadAt) -> Result<Header> {
-    let mut reader = unpack::reader(storage)?;
-    Header::read(&mut *reader).map_err(|e| e.at_path(storage.name()))
-}
-
 /// How an archive begins.
 #[derive(Debug)]
 pub struct Beginning {
@@ -39,12 +30,12 @@ pub struct Beginning {
     pub absent: Vec<u8>,
 }
 
-/// Reads the header of an archive and looks at its first extent (at most 4 MiB): a copy that was cut short at
+/// Reads the header of an archive, compressed or not, and looks at its first extent (at most 4 MiB): a copy that was cut short at
 /// its begin shows it there. All others are looked through when a point is opened.
 ///
 /// # Errors
-/// As [`read_header`]; `Truncated` if the archive ends before its first extent, or inside that while it is
-/// compressed; the extent is damaged.
+/// The header or the extent is damaged or cut, or the archive is compressed in a way that is not known;
+/// `Truncated` also where a compressed one ends inside its first extent.
 pub fn read_beginning(storage: &dyn ReadAt) -> Result<Beginning> {
     let named = |e: Error| e.at_path(storage.name());
     let mut reader = unpack::reader(storage)?;

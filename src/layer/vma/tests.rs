@@ -419,7 +419,7 @@ fn compressed_archives_read_like_plain_ones() {
     let made = two_disks();
     for file in packed(&made) {
         let storage = MemStorage::new("a.vma.x", file.clone());
-        assert_eq!(read_header(&storage).unwrap().devices.len(), 2);
+        assert_eq!(read_beginning(&storage).unwrap().header.devices.len(), 2);
         let archive = open_bytes(file).unwrap();
         for (id, _, data) in &made.devices {
             assert!(disk(&archive, *id).unwrap() == *data);
