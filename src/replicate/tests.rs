@@ -272,6 +272,8 @@ fn a_sender_reaches_nothing_but_its_own_kinds_of_files_in_the_directory() {
             assert_eq!(small(wire, kind, to, &top, bytes), want, "{kind:?} {to}");
         }
         assert_eq!(small(wire, SmallKind::Link, "image", &vm, b"FULL-1-sda"), None);
+        let leads_away = small(wire, SmallKind::Link, "image", &vm, b".fleecefs");
+        assert_eq!(leads_away, Some(Kind::Unsupported));
         assert_eq!(small(wire, SmallKind::Kept, "config-1-0-x", &vm, b"x"), None);
         assert_eq!(small(wire, SmallKind::Kept, "config-1-0-x", &vm, b"y"), Some(Kind::Exists));
         for (id, want) in [("mine", None), ("theirs", Some(Kind::Exists))] {
@@ -367,7 +369,7 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
     };
     let ended = Frame::message(&Answer::Ended { deleted: 0, freed: 0 }).unwrap();
     let request = Frame::message(&Request::Bye).unwrap();
-    let cases: [(&[&Frame], Kind); 9] = [
+    let cases: [(&[&Frame], Kind); 10] = [
         (&[], Kind::Peer),
         (&[&Frame::Data(vec![1])], Kind::Peer),
         (&[&request], Kind::Peer),
@@ -377,10 +379,17 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
         (&[&hello, &done, &held(7)], Kind::Peer),
         (&[&hello, &done, &held(0)], Kind::Peer),
         (&[&hello, &done, &failed(Kind::NoSpace)], Kind::NoSpace),
+        (&[&hello, &done, &failed(Kind::Interrupted)], Kind::Peer),
     ];
     for (answers, want) in cases {
         let answers: Vec<Frame> = answers.iter().map(|f| (*f).clone()).collect();
         assert_eq!(sent_to(&answers).unwrap_err().kind(), want, "{answers:?}");
+    }
+    // What it has deleted is told only where that can be.
+    for (deleted, freed) in [(u64::MAX, 1), (1, u64::MAX), (0, 1)] {
+        let lie = Frame::message(&Answer::Ended { deleted, freed }).unwrap();
+        let answers = [hello.clone(), done.clone(), held(1), held(1), done.clone(), lie];
+        assert_eq!(sent_to(&answers).unwrap_err().kind(), Kind::Peer, "{deleted} {freed}");
     }
     // It says that it has the file, and another one: nothing is sent, and the user is told.
     let answers = [hello.clone(), done.clone(), held(1), held(1), done.clone(), ended.clone()];

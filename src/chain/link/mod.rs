@@ -300,7 +300,7 @@ impl<'a> Linker<'a> {
             return "rename the files without a time in their names to the names they were written with"
                 .into();
         };
-        let names: Vec<_> = names.iter().map(|name| path_text(name)).collect();
+        let names: Vec<_> = names.iter().map(path_text).collect();
         let names = names.join(" and ");
         let Some(free) = self.free_time(*time) else {
             return format!(

@@ -35,7 +35,7 @@ const LONGEST_NAME: usize = 64;
 
 /// A VM to check: its points, or why it cannot be started as it was.
 enum Chosen<'a> {
-    Whole(OneRun<'a>),
+    Whole(Box<OneRun<'a>>),
     /// Nothing of it is started.
     Refused(Box<Report>),
 }
@@ -108,7 +108,7 @@ pub(super) fn run(args: &BootArgs, catalog: &Catalog, entry: &mut Entry) -> Resu
     let cancel = work::undo_flag()?;
     let chosen = match args.check.all_latest {
         true => newest_of_each(catalog)?,
-        false => vec![Chosen::Whole(one_run::find(catalog, &args.points)?)],
+        false => vec![Chosen::Whole(Box::new(one_run::find(catalog, &args.points)?))],
     };
     // What can be said without the folder is said before it is made.
     args.wanted()?;
@@ -184,7 +184,7 @@ fn choose<'a>(catalog: &Catalog, run: Result<Run<'a>>) -> Result<Chosen<'a>> {
     one_run::warn_of_others(&without);
     let run = one_run::of_points(points)?;
     Ok(match missing.first() {
-        None => Chosen::Whole(run),
+        None => Chosen::Whole(Box::new(run)),
         Some(i) => {
             let result = Err(one_run::is_missing(catalog, i).remedy(OLDER_RUNS));
             Chosen::Refused(Box::new(Report { result, ..Report::of(&run) }))
