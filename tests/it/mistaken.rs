@@ -19,7 +19,8 @@ fn a_first_backup_to_another_target_is_warned_of() {
     }
     let (d, file, mut caller) = shut_off();
     let (known, state) = (caller.target.clone(), caller.state.clone());
-    let told = format!("it has been backed up to {} until now", s(&known));
+    // T, or Tt once that is one: of several, any is named.
+    let told = format!("it has been backed up to {}", s(&known));
     let missing = d.path().join("none");
     for words in [&["info", "status"][..], &["recover"], &["cancel"]] {
         for target in [&missing, &d.path().join("vm")] {
