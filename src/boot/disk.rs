@@ -106,7 +106,7 @@ impl Device for PointDevice {
     fn zero(&self, range: Range<u64>) -> io::Result<()> {
         let end = range.end.min(self.image.size());
         let len = end.saturating_sub(range.start);
-        self.overlay()?.zero(self.below(), range.start, len).map_err(told)
+        self.overlay()?.zero_over(&self.image, range.start, len).map_err(told)
     }
 }
 

@@ -72,7 +72,7 @@ impl OpenPoint {
     /// As [`OpenPoint::write`].
     pub(super) fn zero(&self, offset: u64, len: u64) -> Result<()> {
         let overlay = self.writes().ok_or_else(read_only)?;
-        overlay.zero(|buf, at| self.file.image.read_at(buf, at), offset, len)
+        overlay.zero_over(&self.file.image, offset, len)
     }
 
     /// The first offset from `at` on, or the size, where there is data or a hole; `below` finds it in the point. `None` if

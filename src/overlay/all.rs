@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use serde::Serialize;
 
-use super::budget::Budget;
+use super::budget::{Budget, Cost};
 use super::kept::{About, KeptFolder, PointName};
 use super::one::{Files, Overlay};
 use super::unnamed::Unnamed;
@@ -393,7 +393,7 @@ fn resumed(from: &KeptFolder, budget: &Arc<Budget>) -> Result<HashMap<PointName,
     let open = |about: About| {
         let overlay = from.open(&about, budget).map(Arc::new).map_err(|e| {
             // It takes its room all the same.
-            budget.take_anyway(from.takes(&about.of));
+            budget.take_anyway(Cost::of_data(from.takes(&about.of)));
             Arc::new(e)
         });
         (about.of.clone(), KeptOverlay { about, overlay, resumed: true })

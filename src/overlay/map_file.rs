@@ -28,6 +28,9 @@ const VERSION: u32 = 2;
 const HEAD: usize = 72;
 /// The longest that the file is made: some file systems have none that are longer. It is that of a disk of 32 PiB.
 const MOST_LENGTH: u64 = 2 << 40;
+/// Pages that are remembered to have room: each of them is for 64 MiB of a disk. Others are asked for again, which changes
+/// nothing where there is room already.
+const MOST_RESERVED: usize = 4096;
 /// Bytes that are read at a time; a multiple of each record's.
 const STEP: u64 = 256 << 10;
 
@@ -40,7 +43,7 @@ pub(super) struct MapFile {
     length: u64,
     /// By level: where its records are, and the bytes of each.
     levels: Vec<(Range<u64>, u64)>,
-    /// Pages that are sure to have room.
+    /// Some of the pages that are sure to have room.
     reserved: Mutex<HashSet<u64>>,
 }
 
@@ -59,6 +62,12 @@ impl MapFile {
             .collect();
         levels.reverse();
         MapFile { file, size, length: at.min(MOST_LENGTH), levels, reserved: Mutex::default() }
+    }
+
+    /// Pages that are remembered to have room.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// As the list of open files does to make room.
@@ -114,8 +123,8 @@ impl MapFile {
         }
     }
 
-    /// Has room on disk for the records of `blocks`, whatever others write there later. With `ends_only` of the
-    /// lowest level only those of the first and the last block.
+    /// Has room on disk for the records of `blocks`, whatever others write there later. With `ends_only` only for those
+    /// of the first and the last block: what is between is said by a bit of these.
     ///
     /// # Errors
     /// There is no room. (Where the file system cannot reserve any, nothing is said.)
@@ -125,7 +134,7 @@ impl MapFile {
         for (level, (records, len)) in (0..).zip(&self.levels) {
             let page = |block: u64| (records.start + block / span(level) * len) / PAGE;
             let end = |block: u64| (records.start + (block / span(level) + 1) * len - 1) / PAGE;
-            let stretches = match level == 0 && ends_only {
+            let stretches = match ends_only {
                 true => [page(blocks.start)..end(blocks.start) + 1, page(last)..end(last) + 1],
                 false => [page(blocks.start)..end(last) + 1, 0..0],
             };
@@ -137,6 +146,9 @@ impl MapFile {
                 self.file
                     .change(|file| holes::reserve(file, bytes))
                     .map_err(|e| self.failed(e, "no room for the map of an overlay"))?;
+                if reserved.len() >= MOST_RESERVED {
+                    reserved.clear();
+                }
                 reserved.insert(page);
             }
         }

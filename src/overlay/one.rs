@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::budget::Budget;
+use super::budget::{Budget, Cost, Full};
 use super::file::ScratchFile;
 use super::holes;
 use super::map::{BLOCK, Change, DirtyMap, State};
@@ -23,9 +23,13 @@ use super::map_file::MapFile;
 use super::stripes::Stripes;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint;
+use crate::image::Image;
+use crate::units::human_bytes;
 
 /// Records of a map that are held in memory while the data before them is written to disk: 4 MiB at most.
 const BATCH: usize = 4096;
+/// Runs of the map that are looked at before a range is made zeros that may be so already.
+const MOST_RUNS: usize = 64;
 
 /// What reads the point below: fills a buffer from an offset.
 pub(crate) trait Below: Fn(&mut [u8], u64) -> Result<()> {}
@@ -41,8 +45,9 @@ pub(crate) struct Overlay {
     base: u64,
     stripes: Stripes,
     budget: Arc<Budget>,
-    /// What it takes of the budget.
+    /// Bytes that it takes of the budget, on disk and in memory.
     taken: AtomicU64,
+    memory: AtomicU64,
     /// Blocks that have data.
     data: AtomicU64,
     /// Where the map is kept, if it is.
@@ -82,9 +87,9 @@ impl Overlay {
         }
         overlay.drop_unmapped()?;
         let (data, weight) = overlay.map.weigh();
-        let taken = data * BLOCK + weight;
+        let taken = Cost::of_data(data * BLOCK) + weight;
         budget.take_anyway(taken);
-        overlay.taken.store(taken, Ordering::SeqCst);
+        overlay.add(taken);
         overlay.data.store(data, Ordering::SeqCst);
         let meta = overlay.file.with(|f| f.metadata());
         let meta = meta.map_err(|e| overlay.error(e, "cannot check"))?;
@@ -104,6 +109,7 @@ impl Overlay {
             stripes: Stripes::default(),
             budget: budget.clone(),
             taken: AtomicU64::new(0),
+            memory: AtomicU64::new(0),
             data: AtomicU64::new(0),
             map_file,
             syncing: Mutex::default(),
@@ -209,7 +215,7 @@ impl Overlay {
         let change = self.map.set_data(blocks);
         self.data.fetch_add(change.added, Ordering::SeqCst);
         // Another writer may have made the same parts of the map.
-        self.give(cost.saturating_sub(change.added * BLOCK + change.grown));
+        self.give(cost.less(Cost::of_data(change.added * BLOCK) + change.grown));
         self.touch();
         Ok(())
     }
@@ -242,6 +248,40 @@ impl Overlay {
         written.map_err(|e| self.error(e, "cannot write").at_offset(at))
     }
 
+    /// As [`Overlay::zero`] over `image`. Where all of it is zeros already nothing is written down: or whoever discards
+    /// what nobody uses would have the map grow.
+    ///
+    /// # Errors
+    /// As [`Overlay::zero`].
+    pub(crate) fn zero_over(&self, image: &Image, offset: u64, len: u64) -> Result<()> {
+        let blocks = self.blocks(offset, len)?;
+        // Whoever writes there meanwhile comes after this, block by block.
+        if !blocks.is_empty() && self.is_zero(image, offset..offset + len) {
+            self.touch();
+            return Ok(());
+        }
+        self.zero(|buf, at| image.read_at(buf, at), offset, len)
+    }
+
+    /// Whether a range reads as zeros, as far as the map and that of the point say so without much ado.
+    fn is_zero(&self, image: &Image, range: Range<u64>) -> bool {
+        let mut at = range.start;
+        for _ in 0..MOST_RUNS {
+            let (state, end) = self.run(at, range.end);
+            let is_zero = match state {
+                State::Zero => true,
+                State::Data => false,
+                // What cannot be told is none: it can be made zeros all the same.
+                State::Untouched => image.is_hole(at..end).unwrap_or(false),
+            };
+            if !is_zero || end >= range.end {
+                return is_zero;
+            }
+            at = end;
+        }
+        false
+    }
+
     /// Makes `len` bytes at `offset`, inside the disk, zeros, and gives their space back.
     ///
     /// # Errors
@@ -272,7 +312,7 @@ impl Overlay {
         self.data.fetch_add(change.added, Ordering::SeqCst);
         self.data.fetch_sub(change.removed, Ordering::SeqCst);
         // Another writer may have made the same parts of the map.
-        self.give(cost.saturating_sub(change.added * BLOCK + change.grown));
+        self.give(cost.less(Cost::of_data(change.added * BLOCK) + change.grown));
         failpoint::step("overlay zero");
         self.touch();
         self.give_back(whole, change.removed);
@@ -336,7 +376,7 @@ impl Overlay {
         // Of the last block all, though the disk may end in it: a file system gives back whole ones.
         let bytes = self.base + blocks.start * BLOCK..self.base + blocks.end * BLOCK;
         match self.file.change(|file| holes::punch(file, bytes)) {
-            Ok(true) => self.give(had_data * BLOCK),
+            Ok(true) => self.give(Cost::of_data(had_data * BLOCK)),
             // They read as zeros all the same; their space is not had back.
             Ok(false) => {}
             Err(e) => log::debug!("{}", self.error(e, "cannot give space back to").report()),
@@ -406,21 +446,41 @@ impl Overlay {
         }
     }
 
-    fn take(&self, bytes: u64) -> Result<()> {
-        if self.budget.take(bytes) {
-            self.taken.fetch_add(bytes, Ordering::SeqCst);
-            return Ok(());
-        }
-        let text = format!(
-            "no space left: all overlays together may take {}",
-            crate::units::human_bytes(self.budget.limit())
-        );
-        Err(Error::new(Kind::NoSpace, text).at_path(self.path()).remedy("raise --scratch-size"))
+    fn take(&self, cost: Cost) -> Result<()> {
+        self.budget.take(cost).map_err(|full| self.refused(full))?;
+        self.add(cost);
+        Ok(())
     }
 
-    fn give(&self, bytes: u64) {
-        self.taken.fetch_sub(bytes, Ordering::SeqCst);
-        self.budget.give(bytes);
+    fn add(&self, cost: Cost) {
+        self.taken.fetch_add(cost.disk, Ordering::SeqCst);
+        self.memory.fetch_add(cost.memory, Ordering::SeqCst);
+    }
+
+    fn give(&self, cost: Cost) {
+        self.taken.fetch_sub(cost.disk, Ordering::SeqCst);
+        self.memory.fetch_sub(cost.memory, Ordering::SeqCst);
+        self.budget.give(cost);
+    }
+
+    fn refused(&self, full: Full) -> Error {
+        let no_space = |most: u64, of: &str| {
+            let most = human_bytes(most);
+            let text = format!("no space left: all overlays together may take {most}{of}");
+            Error::new(Kind::NoSpace, text).at_path(self.path())
+        };
+        if full == Full::Disk {
+            return no_space(self.budget.limit(), "").remedy("raise --scratch-size");
+        }
+        let (most, _) = self.budget.memory();
+        let error = no_space(most, " of memory for their maps").remedy(
+            "what was written to already can be written again; where all of a large disk is to be, restore it instead",
+        );
+        // No limit that the user has set, and who writes sees no more than ENOSPC.
+        if self.budget.tells_first() {
+            log::warn!("{}", error.report());
+        }
+        error
     }
 
     fn touch(&self) {
@@ -449,9 +509,8 @@ impl Overlay {
 
 impl Drop for Overlay {
     fn drop(&mut self) {
-        if self.goes_by_itself() {
-            self.budget.give(self.taken.load(Ordering::SeqCst));
-        }
+        let disk = if self.goes_by_itself() { self.taken.load(Ordering::SeqCst) } else { 0 };
+        self.budget.give(Cost { disk, memory: self.memory.load(Ordering::SeqCst) });
     }
 }
 

@@ -21,6 +21,7 @@ const REP_ACK: u32 = 1;
 const REP_INFO: u32 = 3;
 const REP_UNSUPPORTED: u32 = 1 << 31 | 1;
 const INFO_EXPORT: u16 = 0;
+const INFO_BLOCK_SIZE: u16 = 3;
 /// Options are names and lists of numbers.
 const MAX_OPTION: u32 = 64 << 10;
 
@@ -35,8 +36,11 @@ const HAS_FLAGS: u16 = 1 << 0;
 const READ_ONLY: u16 = 1 << 1;
 const SEND_TRIM: u16 = 1 << 5;
 const SEND_WRITE_ZEROES: u16 = 1 << 6;
-/// The most that a client may read or write at once without being told otherwise.
-const MAX_DATA: u32 = 32 << 20;
+/// The most that a client may read or write at once, as it is told: a client that does not keep to it holds this much
+/// memory for each device, and no more.
+const MAX_DATA: u32 = 2 << 20;
+/// What it is told besides: the least that it should read or write, and multiples of what.
+const BLOCK_SIZES: [u32; 2] = [512, 4096];
 
 /// Errors as the protocol numbers them.
 const EPERM: u32 = 1;
@@ -139,6 +143,7 @@ impl Server<'_> {
                 OPT_GO => {
                     let info = [&INFO_EXPORT.to_be_bytes()[..], &about].concat();
                     reply(socket, option, REP_INFO, &info)?;
+                    reply(socket, option, REP_INFO, &block_sizes())?;
                     reply(socket, option, REP_ACK, &[])?;
                     return Ok(true);
                 }
@@ -226,6 +231,12 @@ impl From<io::Error> for Refusal {
 /// Whether there was no space for a write.
 pub(crate) fn is_no_space(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
+}
+
+/// The least, the best and the most bytes of a request, as an answer to `GO`.
+fn block_sizes() -> Vec<u8> {
+    let [least, best] = BLOCK_SIZES.map(u32::to_be_bytes);
+    [&INFO_BLOCK_SIZE.to_be_bytes()[..], &least, &best, &MAX_DATA.to_be_bytes()].concat()
 }
 
 fn take<const N: usize>(socket: &mut impl Read) -> io::Result<[u8; N]> {

@@ -155,6 +155,28 @@ fn an_export_that_grows_ends_at_its_size() {
 }
 
 #[test]
+fn no_request_takes_more_memory_than_the_client_is_told() {
+    let go = [&3_u32.to_be_bytes()[..], b"IHAVEOPT", &7_u32.to_be_bytes(), &0_u32.to_be_bytes()];
+    let (got, _) = talk(&[5; 512], Some(8 << 20), &go.concat());
+    // Behind the greeting an answer has 20 bytes, and what it says: of the size, and of those of a request.
+    let sizes = &got[18 + 20 + 12 + 20..][..14];
+    assert_eq!(sizes[..2], [0, 3]);
+    let most = u32::from_be_bytes(sizes[10..].try_into().unwrap());
+    assert!((1 << 20..=4 << 20).contains(&most), "{most}");
+    let (got, _) = talk(
+        &[5; 512],
+        Some(8 << 20),
+        &[hello(), request(0, 0, most), request(0, 0, most + 1)].concat(),
+    );
+    let replies = &got[GREETING..];
+    assert_eq!((error_of(replies), &replies[16..18]), (0, &[5, 5][..]));
+    assert_eq!(error_of(&replies[16 + most as usize..]), 22);
+    // What it would write is not waited for.
+    let (got, left) = talk(&[5; 512], Some(8 << 20), &[hello(), request(1, 0, most + 1)].concat());
+    assert_eq!((got.len(), left.len()), (GREETING, 512));
+}
+
+#[test]
 fn nonsense_ends_the_connection() {
     let huge = [&3_u32.to_be_bytes()[..], b"IHAVEOPT", &[0xff; 8]].concat();
     let write = [hello(), request(1, 0, u32::MAX)].concat();

@@ -20,6 +20,8 @@ const MAX_HOLE_SEARCH: u32 = 1 << 16;
 const NEAR: u32 = 16;
 /// Windows that a search merges which must be brief.
 const BRIEF: u32 = 2;
+/// Extents, and so windows, that are looked at for whether a range is a hole.
+const MOST_EXTENTS: u32 = 16;
 
 impl Image {
     /// Where what reads as zeros from `at` on, because no layer has a table there, ends. Cheap: looks
@@ -101,6 +103,20 @@ impl Image {
             at = stop;
         }
         Ok(())
+    }
+
+    /// Whether all of `range` is a hole, if a few extents tell; else false.
+    ///
+    /// # Errors
+    /// See [`Image::for_each_extent`].
+    pub fn is_hole(&self, range: Range<u64>) -> Result<bool> {
+        let (mut seen, mut is_hole) = (0, true);
+        self.for_each_extent(range, |e| {
+            seen += 1;
+            is_hole = e.content.is_hole() && seen <= MOST_EXTENTS;
+            is_hole
+        })?;
+        Ok(is_hole)
     }
 
     /// The first offset at or after `offset` that is not a hole, or `None`. After a very long

@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::part::{Change, Changed, Log, OnRecord, Part, State, masks};
+use super::super::budget::Cost;
+use super::part::{ALLOCATED, Change, Changed, Log, OnRecord, Part, State, masks};
 
 /// Blocks of a leaf: 16 MiB of a disk.
 const BLOCKS: u64 = 4096;
@@ -47,8 +48,8 @@ fn with_state((data, zero): (u64, u64), state: State) -> u64 {
 impl Part for Leaf {
     const LEVEL: u32 = 0;
     const SPAN: u64 = BLOCKS;
-    // A page of the file on disk at most, and a quarter of that in memory.
-    const WEIGHT: u64 = 4096;
+    // A page of the file on disk at most.
+    const WEIGHT: Cost = Cost { disk: 4096, memory: size_of::<Leaf>() as u64 + ALLOCATED };
 
     fn empty() -> Self {
         let words = || [const { AtomicU64::new(0) }; WORDS];
@@ -100,23 +101,23 @@ impl Part for Leaf {
         self.set_zero(0..BLOCKS, first, log).removed
     }
 
-    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> u64 {
+    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> Cost {
         let have = |leaf: &Leaf| -> u64 {
             let words = masks(blocks.clone());
             words.map(|(w, m)| u64::from((leaf.word(w).0 & m).count_ones())).sum()
         };
-        (blocks.end - blocks.start - part.map_or(0, have)) * block
+        Cost::of_data((blocks.end - blocks.start - part.map_or(0, have)) * block)
     }
 
-    fn cost_of_zero(_part: Option<&Self>, _blocks: Range<u64>) -> u64 {
-        0
+    fn cost_of_zero(_part: Option<&Self>, _blocks: Range<u64>) -> Cost {
+        Cost::default()
     }
 
     fn record(&self, _level: u32, _at: u64, _make: bool, on: OnRecord<'_>) {
         on(&self.changed, &[&self.data, &self.zero]);
     }
 
-    fn weigh(&self) -> (u64, u64) {
+    fn weigh(&self) -> (u64, Cost) {
         let data = (0..WORDS).map(|w| u64::from(self.word(w).0.count_ones())).sum();
         (data, Self::WEIGHT)
     }

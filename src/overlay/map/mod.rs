@@ -18,6 +18,7 @@ mod tests;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::budget::Cost;
 use leaf::Leaf;
 use node::Node;
 pub(crate) use part::{Change, State};
@@ -57,7 +58,7 @@ pub(super) fn span(level: u32) -> u64 {
 
 impl DirtyMap {
     /// What a map counts as that says nothing.
-    pub(super) const WEIGHT: u64 = Root::WEIGHT;
+    pub(super) const WEIGHT: Cost = Root::WEIGHT;
 
     /// Of a disk of so many blocks. With `logged` it remembers which records have changed.
     pub(super) fn new(blocks: u64, logged: bool) -> Self {
@@ -80,18 +81,18 @@ impl DirtyMap {
         self.root.set_zero(blocks, 0, &self.log)
     }
 
-    /// Bytes that data in these blocks takes at most, with what the map grows by.
-    pub(super) fn cost_of_data(&self, blocks: Range<u64>) -> u64 {
+    /// What data in these blocks takes at most, with what the map grows by.
+    pub(super) fn cost_of_data(&self, blocks: Range<u64>) -> Cost {
         Root::cost_of_data(Some(&self.root), blocks, BLOCK)
     }
 
-    /// Bytes that the map grows by at most if these blocks become zeros.
-    pub(super) fn cost_of_zero(&self, blocks: Range<u64>) -> u64 {
+    /// What the map grows by at most if these blocks become zeros.
+    pub(super) fn cost_of_zero(&self, blocks: Range<u64>) -> Cost {
         Root::cost_of_zero(Some(&self.root), blocks)
     }
 
-    /// Blocks with data, and bytes that the map counts as.
-    pub(super) fn weigh(&self) -> (u64, u64) {
+    /// Blocks with data, and what the map counts as.
+    pub(super) fn weigh(&self) -> (u64, Cost) {
         self.root.weigh()
     }
 

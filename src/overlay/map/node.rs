@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::part::{Change, Changed, Log, OnRecord, Part, State, is_set};
+use super::super::budget::Cost;
+use super::part::{ALLOCATED, Change, Changed, Log, OnRecord, Part, State, is_set};
 
 /// Parts of a node.
 const PARTS: u64 = 512;
@@ -41,8 +42,8 @@ impl<P: Part> Node<P> {
     }
 
     /// The part, made if it is not there; and what it counts as, if it was made.
-    fn make(&self, part: u64) -> (&P, u64) {
-        let mut weight = 0;
+    fn make(&self, part: u64) -> (&P, Cost) {
+        let mut weight = Cost::default();
         let part = self.parts[part as usize].get_or_init(|| {
             weight = P::WEIGHT;
             Box::new(P::empty())
@@ -54,8 +55,11 @@ impl<P: Part> Node<P> {
 impl<P: Part> Part for Node<P> {
     const LEVEL: u32 = P::LEVEL + 1;
     const SPAN: u64 = P::SPAN * PARTS;
-    // Twice what it takes in memory; on disk it is a bit for each part.
-    const WEIGHT: u64 = 16 << 10;
+    // On disk it is a bit for each part; this was always counted.
+    const WEIGHT: Cost = Cost {
+        disk: 16 << 10,
+        memory: PARTS * size_of::<OnceLock<Box<P>>>() as u64 + PARTS / 8 + 3 * ALLOCATED,
+    };
 
     fn empty() -> Self {
         Self::with_parts(PARTS)
@@ -82,7 +86,7 @@ impl<P: Part> Part for Node<P> {
         let mut change = Change::default();
         for (part, inside) in Self::touched(blocks) {
             let (below, grown) = self.make(part);
-            change.grown += grown;
+            change.grown = change.grown + grown;
             change.add(below.set_data(inside, first + part * P::SPAN, log));
         }
         change
@@ -94,7 +98,7 @@ impl<P: Part> Part for Node<P> {
             let begin = first + part * P::SPAN;
             if inside != (0..P::SPAN) {
                 let (below, grown) = self.make(part);
-                change.grown += grown;
+                change.grown = change.grown + grown;
                 change.add(below.set_zero(inside, begin, log));
                 continue;
             }
@@ -110,20 +114,20 @@ impl<P: Part> Part for Node<P> {
         there.map(|(i, p): (u64, _)| p.clear_data(first + i * P::SPAN, log)).sum()
     }
 
-    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> u64 {
+    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> Cost {
         let cost = |(number, inside)| {
             let below = part.and_then(|p| p.get(number));
-            let new = if below.is_none() { P::WEIGHT } else { 0 };
+            let new = if below.is_none() { P::WEIGHT } else { Cost::default() };
             new + P::cost_of_data(below, inside, block)
         };
         Self::touched(blocks).map(cost).sum()
     }
 
-    fn cost_of_zero(part: Option<&Self>, blocks: Range<u64>) -> u64 {
+    fn cost_of_zero(part: Option<&Self>, blocks: Range<u64>) -> Cost {
         let partly = Self::touched(blocks).filter(|(_, inside)| *inside != (0..P::SPAN));
         let cost = |(number, inside)| {
             let below = part.and_then(|p| p.get(number));
-            let new = if below.is_none() { P::WEIGHT } else { 0 };
+            let new = if below.is_none() { P::WEIGHT } else { Cost::default() };
             new + P::cost_of_zero(below, inside)
         };
         partly.map(cost).sum()
@@ -141,7 +145,7 @@ impl<P: Part> Part for Node<P> {
         }
     }
 
-    fn weigh(&self) -> (u64, u64) {
+    fn weigh(&self) -> (u64, Cost) {
         let there = self.parts.iter().filter_map(OnceLock::get).map(|p| p.weigh());
         there.fold((0, Self::WEIGHT), |(d, w), (data, weight)| (d + data, w + weight))
     }

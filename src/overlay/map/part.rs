@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::super::budget::Cost;
+
 /// What is known of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
@@ -22,8 +24,8 @@ pub(crate) struct Change {
     pub added: u64,
     /// Blocks that had data and have none now.
     pub removed: u64,
-    /// Bytes that the map has grown by, as they are counted against a limit.
-    pub grown: u64,
+    /// What the map has grown by, as it is counted against limits.
+    pub grown: Cost,
 }
 
 impl Change {
@@ -31,7 +33,7 @@ impl Change {
     pub(in crate::overlay) fn add(&mut self, other: Change) {
         self.added += other.added;
         self.removed += other.removed;
-        self.grown += other.grown;
+        self.grown = self.grown + other.grown;
     }
 }
 
@@ -77,6 +79,9 @@ impl Changed {
     }
 }
 
+/// Bytes of memory that a part takes beside its own: what the allocator adds, and its place among those that changed.
+pub(super) const ALLOCATED: u64 = 64;
+
 /// What is done with the words of a record.
 pub(super) type OnRecord<'a> = &'a mut dyn FnMut(&Changed, &[&[AtomicU64]]);
 
@@ -87,8 +92,8 @@ pub(super) trait Part {
     const LEVEL: u32;
     /// Blocks that one part is for.
     const SPAN: u64;
-    /// Bytes that one counts as, on disk and in memory.
-    const WEIGHT: u64;
+    /// What one counts as.
+    const WEIGHT: Cost;
 
     /// One that says nothing.
     fn empty() -> Self;
@@ -105,17 +110,17 @@ pub(super) trait Part {
     /// Says that no block has data; how many had.
     fn clear_data(&self, first: u64, log: &Log) -> u64;
 
-    /// Bytes that [`Part::set_data`] of these blocks may take at most, with the blocks themselves.
-    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> u64;
+    /// What [`Part::set_data`] of these blocks may take at most, with the blocks themselves.
+    fn cost_of_data(part: Option<&Self>, blocks: Range<u64>, block: u64) -> Cost;
 
-    /// Bytes that [`Part::set_zero`] may take at most.
-    fn cost_of_zero(part: Option<&Self>, blocks: Range<u64>) -> u64;
+    /// What [`Part::set_zero`] may take at most.
+    fn cost_of_zero(part: Option<&Self>, blocks: Range<u64>) -> Cost;
 
     /// Calls `on` with the record of `level` that is for block `at`, made now if `make` says so; not if there is none.
     fn record(&self, level: u32, at: u64, make: bool, on: OnRecord<'_>);
 
     /// Blocks with data, and what the map counts as.
-    fn weigh(&self) -> (u64, u64);
+    fn weigh(&self) -> (u64, Cost);
 }
 
 /// The bits from `range.start` to `range.end` in words of 64 bits: each word's index and mask.

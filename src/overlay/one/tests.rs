@@ -135,13 +135,13 @@ fn what_was_not_synced_is_as_before_and_its_space_is_had_back() {
 fn the_limit_is_never_passed_and_what_is_there_stays_readable() {
     let dir = tempfile::tempdir().unwrap();
     let (point, budget) = (point(), Arc::new(Budget::new(64 << 10)));
-    let weigh = |o: &Overlay| o.map.weigh().1;
+    let weigh = |o: &Overlay| o.map.weigh().1.disk;
     let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
     let e = overlay.write(below(&point), &[1; 20 * BLOCK as usize], 0).unwrap_err();
     assert_eq!(e.kind(), Kind::NoSpace);
     assert!(all(&overlay, &point) == point && budget.used() == weigh(&overlay));
     // The map takes four nodes and a leaf.
-    let budget = Arc::new(Budget::new(DirtyMap::WEIGHT * 4 + 5 * BLOCK));
+    let budget = Arc::new(Budget::new(DirtyMap::WEIGHT.disk * 4 + 5 * BLOCK));
     let dir = tempfile::tempdir().unwrap();
     let overlay = Overlay::new(SIZE, kept(dir.path()), &budget).unwrap();
     let mut want = point.clone();
@@ -294,4 +294,90 @@ fn a_map_that_was_cut_or_is_of_another_disk_is_refused() {
     };
     assert_eq!(resumed(SIZE, &regrown), Err((Kind::Corrupt, true)));
     assert_eq!(resumed(SIZE - 4096, &|_| ()), Err((Kind::Corrupt, true)));
+}
+
+/// A point of holes, but for a block at 1 GiB.
+fn sparse(dir: &Path) -> Arc<Image> {
+    use crate::layer::{Format, LayerPart, LayerSpec};
+    let path = dir.canonicalize().unwrap().join("point.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(8 << 40).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; BLOCK as usize], 1 << 30).unwrap();
+    let file = Arc::new(crate::storage::SourceFile::look(&path).unwrap());
+    let layer = LayerSpec { file, format: Format::Raw, part: LayerPart::Whole, data_file: None };
+    Image::new(8 << 40, &[layer], None, &crate::image::Cache::new(1 << 20)).unwrap()
+}
+
+#[test]
+fn maps_have_a_limit_of_their_own_however_much_room_is_on_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let (size, step) = (8 << 40, 16 << 20);
+    let budget = Arc::new(Budget::with_memory(u64::MAX, 4 << 20));
+    let no_point = |buf: &mut [u8], _: u64| {
+        buf.fill(7);
+        Ok(())
+    };
+    let overlay = Overlay::new(size, kept(dir.path()), &budget).unwrap();
+    let full = (0..5000).map(|n| overlay.zero(no_point, n * step, BLOCK)).position(|done| {
+        done.is_err_and(|e| e.kind() == Kind::NoSpace && e.report().contains("of memory"))
+    });
+    // Some 1 KiB for each 16 MiB.
+    let full = full.unwrap() as u64;
+    assert!((3000..4096).contains(&full), "{full}");
+    let (most, used) = budget.memory();
+    assert!(used <= most && used + 4096 > most, "{used}");
+    assert!(!budget.tells_first(), "it was not told");
+    // So are writes, and another overlay; what has its place in the map can be written and read.
+    let e = overlay.write(no_point, &[1; 10], full * step).unwrap_err();
+    assert_eq!(e.kind(), Kind::NoSpace);
+    let other = tempfile::tempdir().unwrap();
+    assert!(Overlay::new(size, kept(other.path()), &budget).is_err());
+    overlay.write(no_point, &[1; 10], 5 * step).unwrap();
+    let mut buf = [9; 12];
+    overlay.read_at(no_point, &mut buf, 5 * step).unwrap();
+    assert_eq!(buf, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
+    overlay.read_at(no_point, &mut buf, full * step).unwrap();
+    assert_eq!(buf, [7; 12], "what was refused has changed");
+    // What is remembered of its map on disk has its end, too.
+    assert!(overlay.map_file.as_ref().unwrap().remembered() <= 4096);
+    overlay.sync().unwrap();
+    drop(overlay);
+    assert_eq!((budget.memory().1, budget.used()), (0, 0));
+    // What was kept is there, also where it is more than there may be now.
+    let small = Arc::new(Budget::with_memory(u64::MAX, 1 << 20));
+    let overlay = Overlay::resumed(size, kept(dir.path()), &small).unwrap();
+    overlay.read_at(no_point, &mut buf, 5 * step).unwrap();
+    assert_eq!(buf[..10], [1; 10]);
+    overlay.write(no_point, &[2; 10], 6 * step).unwrap();
+    assert!(overlay.write(no_point, &[2; 10], full * step).is_err());
+}
+
+#[test]
+fn zeros_over_holes_of_the_point_take_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = sparse(dir.path());
+    let budget = Arc::new(Budget::new(u64::MAX));
+    let overlay = Overlay::new(image.size(), kept(dir.path()), &budget).unwrap();
+    let used = budget.used();
+    for n in 0..60 {
+        overlay.zero_over(&image, n * (16 << 20) + 10, BLOCK).unwrap();
+    }
+    assert!(overlay.is_empty() && budget.used() == used);
+    // Where there is something it is gone: of the point's, and of what was written.
+    let read = |at: u64| {
+        let mut buf = [9; 3];
+        overlay.read_at(|buf, at| image.read_at(buf, at), &mut buf, at).unwrap();
+        buf
+    };
+    let data = 1 << 30;
+    assert_eq!((read(data), read(data - 3)), ([7; 3], [0; 3]));
+    overlay.zero_over(&image, data - BLOCK, BLOCK + 2).unwrap();
+    assert_eq!((read(data), read(data - 3)), ([0, 0, 7], [0; 3]));
+    overlay.zero_over(&image, 0, image.size()).unwrap();
+    assert_eq!(read(data), [0; 3]);
+    overlay.write(|buf, at| image.read_at(buf, at), &[5; 10], 20).unwrap();
+    assert_eq!(read(19), [0, 5, 5]);
+    overlay.zero_over(&image, 20, 5).unwrap();
+    assert_eq!((read(20), read(24)), ([0; 3], [0, 5, 5]));
+    assert!(overlay.zero_over(&image, image.size() - 1, 2).is_err());
 }
