@@ -3,7 +3,8 @@
 //! Silence alone is no measure: whoever sends a byte, or a sign of work, every now and then is never silent, and could
 //! keep the target locked for ever. So there is an end by the clock besides, which nothing moves but what comes of the
 //! other side: bytes of an image, an image that became a file, an answer to what was asked. Work of known size is
-//! waited for as long as a slow disk takes for it. What we take ourselves does not count.
+//! waited for as long as a slow disk takes for it, until the next request: what is left of that is nobody's, or it
+//! could be saved up. What we take ourselves does not count.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -20,18 +21,29 @@ const FILE: Duration = Duration::from_secs(1);
 /// The end by the clock.
 pub(super) struct Patience {
     whole: Duration,
-    until: Mutex<Instant>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// The end, but for what is allowed besides.
+    until: Instant,
+    /// What is allowed for the last request, and since when.
+    allowed: Duration,
+    since: Instant,
 }
 
 impl Patience {
     /// All of it begins now.
     pub(super) fn new(whole: Duration) -> Self {
-        Patience { whole, until: Mutex::new(later(Instant::now(), whole)) }
+        let now = Instant::now();
+        let state = State { until: later(now, whole), allowed: Duration::ZERO, since: now };
+        Patience { whole, state: Mutex::new(state) }
     }
 
     /// How much is left; nothing if it is over.
     pub(super) fn left(&self) -> Duration {
-        self.until().saturating_duration_since(Instant::now())
+        let state = self.state();
+        later(state.until, state.allowed).saturating_duration_since(Instant::now())
     }
 
     /// All of it.
@@ -41,6 +53,7 @@ impl Patience {
 
     /// Something came of it: all of it begins anew.
     pub(super) fn renew(&self) {
+        self.settle();
         self.earn(self.whole);
     }
 
@@ -54,27 +67,39 @@ impl Patience {
         self.earn(time_for(bytes, SLOWEST_HOLE));
     }
 
-    /// The other side has to read `files` files of so many bytes all together.
+    /// The other side has to read `files` files of so many bytes all together, before it says the next thing.
     pub(super) fn allow(&self, files: u32, bytes: u64) {
         let time = FILE.saturating_mul(files).saturating_add(time_for(bytes, SLOWEST_DISK));
-        self.forgive(time);
+        let mut state = self.state();
+        if state.allowed.is_zero() {
+            state.since = Instant::now();
+        }
+        state.allowed = state.allowed.saturating_add(time);
+    }
+
+    /// It has said the next thing: of what was allowed it had as much as it took, and the rest is gone.
+    pub(super) fn settle(&self) {
+        let mut state = self.state();
+        let took = state.since.elapsed().min(state.allowed);
+        state.until = later(state.until, took);
+        state.allowed = Duration::ZERO;
     }
 
     /// So long it was us who were waited for.
     pub(super) fn forgive(&self, time: Duration) {
-        let mut until = self.until();
-        *until = later(*until, time);
+        let mut state = self.state();
+        state.until = later(state.until, time);
     }
 
     /// Later by `time`, but never by more than all of it from now: what was earned cannot be saved up.
     fn earn(&self, time: Duration) {
-        let mut until = self.until();
+        let mut state = self.state();
         let most = later(Instant::now(), self.whole);
-        *until = later(*until, time).min(most).max(*until);
+        state.until = later(state.until, time).min(most).max(state.until);
     }
 
-    fn until(&self) -> MutexGuard<'_, Instant> {
-        self.until.lock().unwrap_or_else(|e| e.into_inner())
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -111,6 +136,30 @@ mod tests {
         p.allow(u32::MAX, u64::MAX);
         p.forgive(Duration::MAX);
         p.allow(u32::MAX, u64::MAX);
+    }
+
+    #[test]
+    fn what_is_allowed_is_there_until_the_next_request_and_cannot_be_saved_up() {
+        let p = Patience::new(HOUR);
+        for _ in 0..10 {
+            p.allow(1, 3600 * SLOWEST_DISK);
+            p.allow(1, 3600 * SLOWEST_DISK);
+            p.settle();
+        }
+        let left = p.left();
+        // Each time it had what passed since.
+        assert!(left <= HOUR && left > HOUR / 2, "{left:?}");
+        // What it took of that does not count, and no more than was allowed.
+        for (allowed, want) in [(10, 1), (0, 0)] {
+            p.allow(allowed, 0);
+            let before = p.state().until;
+            let since = Instant::now().checked_sub(Duration::from_secs(1)).unwrap();
+            p.state().since = since;
+            p.settle();
+            let more = p.state().until - before;
+            let bounds = Duration::from_secs(want)..=Duration::from_secs(u64::from(allowed));
+            assert!(bounds.contains(&more), "{more:?}");
+        }
     }
 
     #[test]

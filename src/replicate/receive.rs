@@ -43,9 +43,17 @@ struct Receiver<'a, 'b> {
     /// Images that came to nothing.
     lost: u32,
     /// Files of ours that the sender was told to compare with its own: it gets the time for each once.
-    looked: HashSet<(FolderPath, WireName)>,
+    looked: HashSet<FileKey>,
     /// Images of ours that were read since the sender has their manifest: that is done once.
-    adopted: HashSet<(FolderPath, WireName)>,
+    adopted: HashSet<FileKey>,
+}
+
+/// A hash of a folder and a name: they may be long, and there may be many.
+type FileKey = [u8; 32];
+
+fn key(folder: &FolderPath, name: &WireName) -> FileKey {
+    let path = folder.path().join(name.as_os_str());
+    *blake3::hash(std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str())).as_bytes()
 }
 
 /// Answers until the sender has said its last word.
@@ -68,7 +76,9 @@ pub(crate) fn serve(wire: &Wire, place: &mut dyn Place) -> Result<()> {
     let (looked, adopted) = (HashSet::new(), HashSet::new());
     let mut receiver = Receiver { wire, store, dry_run, whole: None, lost: 0, looked, adopted };
     loop {
-        match wire.receive()? {
+        let request = wire.receive()?;
+        wire.patience().settle();
+        match request {
             Request::Bye => break,
             request => receiver.serve(request)?,
         }
@@ -150,10 +160,10 @@ impl Receiver<'_, '_> {
             Some(store) => self.wire.busy(|| store.held(folder, &names, look))?,
             None => vec![None; names.len()],
         };
-        for (name, held) in names.into_iter().zip(&files).filter(|_| look) {
+        for (name, held) in names.iter().zip(&files).filter(|_| look) {
             // It reads its own file of that name and size, and perhaps all of it.
             let Some(held) = held.as_ref().filter(|h| h.is_file) else { continue };
-            if self.looked.insert((folder.clone(), name)) {
+            if self.looked.insert(key(folder, name)) {
                 self.wire.patience().allow(1, held.size);
             }
         }
@@ -188,7 +198,7 @@ impl Receiver<'_, '_> {
     ) -> Result<()> {
         self.check_lost()?;
         check_few(needs)?;
-        if self.adopted.contains(&place) {
+        if self.adopted.contains(&key(&place.0, &place.1)) {
             let what = "this image was asked for before in this run: it is not read again";
             self.ended(false);
             return Err(Error::new(Kind::Unsupported, what).at_path(place.1.as_os_str()));
@@ -196,7 +206,7 @@ impl Receiver<'_, '_> {
         let stop = || self.wire.check_stop();
         let adopt = |s: &Store| s.adopt((&place.0, &place.1), blake3, manifest, needs, &stop);
         let adopted = self.wire.busy(|| self.store().and_then(adopt));
-        self.adopted.insert(place);
+        self.adopted.insert(key(&place.0, &place.1));
         self.ended(matches!(adopted, Ok(true)));
         adopted.map(drop)
     }

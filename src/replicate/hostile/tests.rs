@@ -124,7 +124,7 @@ const WRONG: [(&str, Lie); 15] = [
 ];
 
 /// What never ends, and nothing comes of: signs of work, bytes that were refused, questions, files that are there.
-const ENDLESS: [(&str, Lie); 10] = [
+const ENDLESS: [(&str, Lie); 11] = [
     ("work", |o| for_ever(o, &Frame::Working)),
     ("work in an image", |o| {
         o.wire.send(&huge()).unwrap();
@@ -141,6 +141,14 @@ const ENDLESS: [(&str, Lie); 10] = [
     ("questions", |o| {
         let ask = Request::Ask { folder: disk(), names: vec![name("FULL-1-sda")], look: true };
         ask_for_ever(o, &ask, None);
+    }),
+    ("work that is due to a question before the last one", |o| {
+        let names = vec![name("FULL-8-large")];
+        for look in [true, false] {
+            o.wire.send(&Request::Ask { folder: disk(), names: names.clone(), look }).unwrap();
+            let _ = o.wire.receive::<Answer>();
+        }
+        for_ever(o, &Frame::Working);
     }),
     ("ids", |o| ask_for_ever(o, &Request::CheckId { folder: disk(), id: "x".into() }, None)),
     ("descriptions", |o| {
@@ -195,10 +203,13 @@ fn a_sender_of_whom_nothing_comes_holds_the_directory_no_longer_than_patience_la
                 let target = Target::new();
                 std::fs::create_dir(target.root.join("sda")).unwrap();
                 std::fs::write(target.root.join("sda/FULL-9-there"), THERE).unwrap();
+                // Whoever is told to read it has an hour for that.
+                let large = std::fs::File::create(target.root.join("sda/FULL-8-large")).unwrap();
+                large.set_len(30 << 30).unwrap();
                 // A receiver that has no end hangs here.
                 let ended = told(&target, SHORT, lie);
                 assert_eq!(ended.unwrap_err().kind(), Kind::Timeout, "{what}");
-                let known = ["x.config", "FULL-9-there", "FULL-9-there.json"];
+                let known = ["x.config", "FULL-8-large", "FULL-9-there", "FULL-9-there.json"];
                 let images = target.files().into_iter();
                 let images = images.filter(|f| !known.iter().any(|k| f.ends_with(k)));
                 assert_eq!(images.collect::<Vec<_>>(), Vec::<PathBuf>::new(), "{what}");
