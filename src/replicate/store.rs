@@ -1,6 +1,6 @@
 //! What the receiver does with files in its backup directory. All of it goes by descriptors of the folder gate: a
-//! name of the other side is one plain name in a folder below the directory, and no file is replaced but the small
-//! ones that say what QEMU said last.
+//! name of the other side is one plain name in a folder below the directory, and no file is replaced but those that say
+//! what QEMU said last of a disk that is there. Nothing is told of what other files contain than images.
 //!
 //! An image becomes a point as one of a backup does ([`crate::backup::publish`]): its manifest is announced, the image
 //! gets its name, and the announcement becomes its manifest. In between it is no point for anybody, and whoever writes
@@ -8,6 +8,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -17,9 +18,10 @@ use super::name::{FolderPath, SmallKind, WireName, is_known, may_be_received};
 use crate::backup::publish;
 use crate::error::{Error, Kind, Result};
 use crate::failpoint::step;
-use crate::folder::{self, FileMode, Folder, PlainName, Replace, Temp};
+use crate::folder::{self, Entry, EntryKind, FileMode, Folder, PlainName, Replace, Temp};
 use crate::hash;
 use crate::hash::Check;
+use crate::layout::name::{self, Name};
 use crate::manifest::{self, fingerprint_of};
 use crate::storage::SourceFile;
 
@@ -298,7 +300,7 @@ impl Store {
         let own = folder.read_if_there(name, kind.largest()).map_err(failed)?;
         match own {
             Some(own) if own == bytes => Ok(()),
-            Some(_) if kind != SmallKind::DiskConfig => {
+            Some(_) if kind != SmallKind::DiskConfig || !describes_disk(&folder, name)? => {
                 Err(Error::new(Kind::Exists, "another file has this name").at_path(path))
             }
             _ => folder.write_shared(name, bytes, self.share).map_err(failed),
@@ -335,14 +337,44 @@ fn withdraw_unnamed(folder: &Folder, name: &OsStr, file: &File) -> Result<()> {
     }
 }
 
-/// A link's text is one name: it leads nowhere else, whoever follows it.
+/// Whether `config` is called as the description of a disk that is there: it is beside the disk's images, or one folder
+/// up. Whatever else has such an ending is somebody's own.
+fn describes_disk(folder: &Folder, config: &OsStr) -> Result<bool> {
+    let disk = config.as_bytes().strip_suffix(b".config").map(OsStr::from_bytes);
+    let failed = |e| Error::io(e, "cannot read the folder").at_path(folder.path());
+    let is_of_disk = |name: &OsStr| match name::parse(name) {
+        Name::Backup { disk: own, .. } => Some(own.as_os_str()) == disk,
+        Name::Other => Some(name) == disk,
+        Name::Ignored => false,
+    };
+    let has_image = |entries: &[Entry]| {
+        entries.iter().any(|e| e.kind == EntryKind::File && is_of_disk(&e.name))
+    };
+    let entries = folder.entries().map_err(failed)?;
+    if has_image(&entries) {
+        return Ok(true);
+    }
+    let is_open = |e: &&Entry| e.kind == EntryKind::Folder && !e.name.as_bytes().starts_with(b".");
+    // A folder that cannot be read has no disk for us.
+    let below = entries.iter().filter(is_open).filter_map(|e| folder.folder(&e.name).ok());
+    Ok(below.filter_map(|f| f.entries().ok()).any(|entries| has_image(&entries)))
+}
+
+/// A link's text is one name, of an image: it leads nowhere else, whoever follows it. One that is there is led to another
+/// image only where there is that.
 fn link(folder: &Folder, name: &OsStr, text: &[u8]) -> Result<()> {
     let path = folder.join(name);
     let failed = |e| Error::io(e, "cannot make the link").at_path(&path);
-    let text: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(text);
+    let text = OsStr::from_bytes(text);
     let text = PlainName::new(text).map_err(failed)?;
     let there = folder::absent_is_none(folder.look(name)).map_err(failed)?;
+    let target = folder::absent_is_none(folder.look(&text)).map_err(failed)?;
     match there {
+        _ if !may_be_received(text.as_os_str())
+            || target.as_ref().is_some_and(|t| !t.is_file()) =>
+        {
+            Err(Error::new(Kind::Unsupported, "a link to what is no image").at_path(path))
+        }
         Some(meta) if !meta.is_symlink() => {
             Err(Error::new(Kind::Exists, "a file has the name of a link").at_path(path))
         }
@@ -352,6 +384,10 @@ fn link(folder: &Folder, name: &OsStr, text: &[u8]) -> Result<()> {
         // What increments build on is never another image than it was.
         Some(_) if name != "image" && leads_somewhere(folder, name) => {
             Err(Error::new(Kind::Exists, "this link leads to another image").at_path(path))
+        }
+        Some(_) if target.is_none() => {
+            Err(Error::new(Kind::Incomplete, "the image of this link is missing here")
+                .at_path(path))
         }
         _ => folder.set_link(text.as_ref(), name).map_err(failed),
     }
@@ -391,7 +427,8 @@ fn held(folder: &Folder, name: &OsStr, look: bool) -> Result<Option<Held>> {
         Ok(Some(m)) => (held.manifest, held.blake3) = (true, m.blake3),
         Err(_) => held.manifest = true,
     }
-    if look {
+    // Of a small file of ours it is nobody's matter what is in it.
+    if look && name::is_image(name) {
         let file = folder.open_file(name).map_err(failed)?;
         held.fingerprint = Some(fingerprint_of(&file).map_err(failed)?);
     }

@@ -272,6 +272,8 @@ fn a_sender_reaches_nothing_but_its_own_kinds_of_files_in_the_directory() {
             assert_eq!(small(wire, kind, to, &top, bytes), want, "{kind:?} {to}");
         }
         assert_eq!(small(wire, SmallKind::Link, "image", &vm, b"FULL-1-sda"), None);
+        let leads_away = small(wire, SmallKind::Link, "image", &vm, b".fleecefs");
+        assert_eq!(leads_away, Some(Kind::Unsupported));
         assert_eq!(small(wire, SmallKind::Kept, "config-1-0-x", &vm, b"x"), None);
         assert_eq!(small(wire, SmallKind::Kept, "config-1-0-x", &vm, b"y"), Some(Kind::Exists));
         for (id, want) in [("mine", None), ("theirs", Some(Kind::Exists))] {

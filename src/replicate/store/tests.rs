@@ -87,3 +87,75 @@ fn a_kept_file_is_no_manifest_of_a_file_that_is_there() {
     assert_eq!(keep("config-web.raw.json"), Err(Kind::Unsupported));
     assert_eq!(keep("config-1-0-vm.json"), Ok(()));
 }
+
+#[test]
+fn only_the_description_of_a_disk_that_is_there_is_replaced() {
+    let (dir, store, open) = store();
+    let (top, sda) = (FolderPath::default(), FolderPath::of(Path::new("sda")).unwrap());
+    let describe = |folder: &FolderPath, to: &str| {
+        let name = WireName::of(to.as_ref()).unwrap();
+        store.small(folder, SmallKind::DiskConfig, &name, b"new").map_err(|e| e.kind())
+    };
+    std::fs::write(open.join("FULL-1-sda.qcow2"), "an image").unwrap();
+    std::fs::write(open.join("vdb"), "an image").unwrap();
+    for (folder, name, want) in [
+        (&top, "site.config", Err(Kind::Exists)),
+        (&top, "sda.config", Err(Kind::Exists)),
+        (&sda, "site.config", Err(Kind::Exists)),
+        // Beside its images, and one folder up.
+        (&sda, "sda.qcow2.config", Ok(())),
+        (&top, "sda.qcow2.config", Ok(())),
+        (&sda, "vdb.config", Ok(())),
+    ] {
+        let path = dir.path().join(folder.path()).join(name);
+        std::fs::write(&path, "old").unwrap();
+        assert_eq!(describe(folder, name), want, "{path:?}");
+        let is = std::fs::read(&path).unwrap();
+        assert_eq!(is, if want.is_ok() { b"new" } else { b"old" }, "{path:?}");
+    }
+    // One that is larger than a description is none, and a new one is no matter.
+    std::fs::write(open.join("sda.qcow2.config"), vec![0; (1 << 20) + 1]).unwrap();
+    assert!(describe(&sda, "sda.qcow2.config").is_err());
+    assert_eq!(describe(&sda, "later.config"), Ok(()));
+}
+
+#[test]
+fn a_link_leads_to_an_image_and_one_that_is_there_to_no_image_that_is_not() {
+    let (_dir, store, open) = store();
+    let sda = FolderPath::of(Path::new("sda")).unwrap();
+    let link = |text: &str| {
+        let name = WireName::of("image".as_ref()).unwrap();
+        store.small(&sda, SmallKind::Link, &name, text.as_bytes()).map_err(|e| e.kind())
+    };
+    let leads_to = || open.read_link("image").unwrap();
+    std::fs::create_dir(open.join("folder")).unwrap();
+    for no_image in [".fleecefs", "uuid", "sda.config", "FULL-2-sda.partial", "folder"] {
+        assert_eq!(link(no_image), Err(Kind::Unsupported), "{no_image}");
+        assert!(!open.has("image"), "{no_image}");
+    }
+    // As at the source, where its image is gone, too.
+    assert_eq!(link("FULL-1-sda"), Ok(()));
+    assert_eq!(link("FULL-2-sda"), Err(Kind::Incomplete));
+    std::fs::write(open.join("FULL-2-sda"), "x").unwrap();
+    assert_eq!(link("FULL-2-sda"), Ok(()));
+    for no_image in [".fleecefs", "folder", "FULL-3-sda"] {
+        assert!(link(no_image).is_err(), "{no_image}");
+    }
+    assert_eq!(leads_to(), Path::new("FULL-2-sda"));
+}
+
+#[test]
+fn nothing_is_told_of_what_is_in_files_that_are_no_images() {
+    let (_dir, store, open) = store();
+    let sda = FolderPath::of(Path::new("sda")).unwrap();
+    let names = ["sda.config", "uuid", "FULL-1-sda"];
+    names.iter().for_each(|n| std::fs::write(open.join(n), "secret").unwrap());
+    let asked = names.map(|n| WireName::of(n.as_ref()).unwrap());
+    let held = store.held(&sda, &asked, true).unwrap();
+    let told: Vec<bool> = held.iter().flatten().map(|h| h.fingerprint.is_some()).collect();
+    assert_eq!(told, [false, false, true]);
+    // Nor by what a point is said to need.
+    let fingerprint = manifest::fingerprint(&open.join("uuid")).unwrap();
+    let needs = [Needed { folder: sda, name: asked[1].clone(), fingerprint }];
+    assert_eq!(store.check_needs(&needs).unwrap_err().kind(), Kind::Incomplete);
+}
