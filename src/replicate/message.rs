@@ -322,7 +322,7 @@ impl Answer {
     /// What the receiver said.
     pub(crate) fn checked(self) -> Result<Answer> {
         let Answer::Failed { kind, message, path, remedy } = self else { return Ok(self) };
-        let mut error = Error::new(kind, short(&message));
+        let mut error = Error::new(meant(kind), short(&message));
         if let Some(path) = path {
             error = error.at_path(short(&path));
         }
@@ -330,6 +330,33 @@ impl Answer {
             Some(remedy) => error.remedy(short(&remedy)),
             None => error,
         })
+    }
+}
+
+/// What the other side can mean by a kind of error. What is about this side (its user, its findings) is
+/// not for the other one to say: exit codes follow from it.
+fn meant(kind: Kind) -> Kind {
+    match kind {
+        Kind::Usage
+        | Kind::NotFound
+        | Kind::Exists
+        | Kind::Permission
+        | Kind::Busy
+        | Kind::NoSpace
+        | Kind::Io
+        | Kind::Corrupt
+        | Kind::Truncated
+        | Kind::Unsupported
+        | Kind::Encrypted
+        | Kind::Incomplete
+        | Kind::Changed
+        | Kind::Peer => kind,
+        Kind::Timeout
+        | Kind::Interrupted
+        | Kind::Partial
+        | Kind::Skipped
+        | Kind::Unsound
+        | Kind::Unproven => Kind::Peer,
     }
 }
 
@@ -386,9 +413,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_about_this_side_the_other_one_cannot_say() {
+        let there = |kind| Answer::failed(&Error::new(kind, "no")).checked().unwrap_err().kind();
+        for kind in [Kind::Exists, Kind::Permission, Kind::Busy, Kind::NoSpace, Kind::Changed] {
+            assert_eq!(there(kind), kind);
+        }
+        for kind in [Kind::Interrupted, Kind::Partial, Kind::Unsound, Kind::Timeout] {
+            assert_eq!(there(kind), Kind::Peer, "{kind:?}");
+        }
+    }
+
+    #[test]
     fn the_longest_question_and_its_answer_fit_into_a_message() {
         let name = WireName::of(std::os::unix::ffi::OsStrExt::from_bytes(&[255; 255])).unwrap();
-        let folder = FolderPath::try_from(vec![name.clone(); 32]).unwrap();
+        let folder = FolderPath::try_from(vec![name.clone(); 8]).unwrap();
         let ask = Request::Ask { folder, names: vec![name; MOST_NAMES], look: true };
         let held = Held {
             is_file: true,

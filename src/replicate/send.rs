@@ -29,6 +29,8 @@ use crate::storage::{ReadAt, SourceFile};
 const BUFFER: usize = 256 << 10;
 /// The least of that under a rate limit.
 const LEAST_BUFFER: u64 = 4 << 10;
+/// More points than a target has.
+const MOST_DELETED: u64 = 1 << 32;
 
 /// How it is done.
 #[derive(Debug, Clone, Copy, Default)]
@@ -101,13 +103,19 @@ impl Sender<'_, '_> {
             self.small_files(&others)?;
         }
         match self.ask(&Request::Bye)? {
-            Answer::Ended { deleted: 0, .. } => {}
-            Answer::Ended { deleted, freed } => {
+            Answer::Ended { deleted: 0, freed: 0 } => {}
+            Answer::Ended { deleted, freed } if self.may_have_deleted(deleted, freed) => {
                 report.pruned = Some(Pruned { points: deleted, bytes: freed })
             }
             _ => return Err(message::nonsense()),
         }
         Ok(())
+    }
+
+    /// Whether a target can have deleted so much. Its rules of retention may be its own, so that it is not known here
+    /// if there are any; but a dry run deletes nothing, and no target has so many points and bytes as a lie may claim.
+    fn may_have_deleted(&self, points: u64, bytes: u64) -> bool {
+        !self.options.dry_run && (1..=MOST_DELETED).contains(&points) && bytes <= i64::MAX as u64
     }
 
     /// The receiver's answer to a request.
@@ -120,7 +128,13 @@ impl Sender<'_, '_> {
         let answer = self.wire.receive::<Answer>()?;
         // There are no more answers than this side asks for.
         self.wire.patience().renew();
-        answer.checked()
+        self.meant(answer)
+    }
+
+    /// The answer, or the error that it says. Where the user wants an end, that is the reason for whatever failed: the
+    /// receiver may be in this process, and have seen it first.
+    fn meant(&self, answer: Answer) -> Result<Answer> {
+        answer.checked().or_else(|e| self.work.check().and(Err(e)))
     }
 
     fn done(&self) -> Result<()> {
@@ -391,7 +405,7 @@ impl Sender<'_, '_> {
         while at < file.len() {
             if let Some(frame) = self.wire.waiting().map_err(Trouble::Session)? {
                 // It was refused: this is its one answer.
-                let answer = message::parse::<Answer>(frame).and_then(Answer::checked);
+                let answer = message::parse::<Answer>(frame).and_then(|a| self.meant(a));
                 return Err(self.refused(answer));
             }
             let (is_hole, end) = holes.stretch(at, file.len());

@@ -369,7 +369,7 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
     };
     let ended = Frame::message(&Answer::Ended { deleted: 0, freed: 0 }).unwrap();
     let request = Frame::message(&Request::Bye).unwrap();
-    let cases: [(&[&Frame], Kind); 9] = [
+    let cases: [(&[&Frame], Kind); 10] = [
         (&[], Kind::Peer),
         (&[&Frame::Data(vec![1])], Kind::Peer),
         (&[&request], Kind::Peer),
@@ -379,10 +379,17 @@ fn a_receiver_that_lies_gets_no_more_than_the_plan_says() {
         (&[&hello, &done, &held(7)], Kind::Peer),
         (&[&hello, &done, &held(0)], Kind::Peer),
         (&[&hello, &done, &failed(Kind::NoSpace)], Kind::NoSpace),
+        (&[&hello, &done, &failed(Kind::Interrupted)], Kind::Peer),
     ];
     for (answers, want) in cases {
         let answers: Vec<Frame> = answers.iter().map(|f| (*f).clone()).collect();
         assert_eq!(sent_to(&answers).unwrap_err().kind(), want, "{answers:?}");
+    }
+    // What it has deleted is told only where that can be.
+    for (deleted, freed) in [(u64::MAX, 1), (1, u64::MAX), (0, 1)] {
+        let lie = Frame::message(&Answer::Ended { deleted, freed }).unwrap();
+        let answers = [hello.clone(), done.clone(), held(1), held(1), done.clone(), lie];
+        assert_eq!(sent_to(&answers).unwrap_err().kind(), Kind::Peer, "{deleted} {freed}");
     }
     // It says that it has the file, and another one: nothing is sent, and the user is told.
     let answers = [hello.clone(), done.clone(), held(1), held(1), done.clone(), ended.clone()];
