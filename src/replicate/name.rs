@@ -16,6 +16,9 @@ use crate::layout::name;
 
 /// Folders nested deeper than this are refused: nobody has them, and a path has its limits.
 const DEEPEST: usize = 32;
+/// And those whose path has more bytes: half of what the kernel takes, so that there is room for where the backup
+/// directory is, and for an image or its manifest. No command could reach a point there.
+const LONGEST: usize = 2048;
 
 /// One plain file name, as text, or as bytes where it is none.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -51,7 +54,7 @@ impl From<WireName> for Form {
 }
 
 impl WireName {
-    /// Takes it if it is a plain name that is not hidden.
+    /// Takes it if it is a plain name that is not hidden, and can be shown as it is.
     ///
     /// # Errors
     /// `Unsupported`.
@@ -62,6 +65,9 @@ impl WireName {
         };
         if name.as_bytes().starts_with(b".") {
             return Err(refused("a hidden name"));
+        }
+        if name.as_bytes().iter().any(u8::is_ascii_control) {
+            return Err(refused("a control character in its name"));
         }
         PlainName::new(name).map(WireName).map_err(|_| refused("not a plain file name"))
     }
@@ -81,8 +87,12 @@ impl TryFrom<Vec<WireName>> for FolderPath {
     type Error = Error;
 
     fn try_from(names: Vec<WireName>) -> Result<Self> {
-        match names.len() > DEEPEST {
-            true => Err(Error::new(Kind::Unsupported, "folders nested too deep to be replicated")),
+        let length: usize = names.iter().map(|n| n.as_os_str().len() + 1).sum();
+        match names.len() > DEEPEST || length > LONGEST {
+            true => Err(Error::new(
+                Kind::Unsupported,
+                "folders nested too deep, or with too long names, to be replicated",
+            )),
             false => Ok(FolderPath(names)),
         }
     }
@@ -98,7 +108,7 @@ impl FolderPath {
     /// A path relative to the backup directory.
     ///
     /// # Errors
-    /// `Unsupported` for hidden folders, and those nested too deep.
+    /// `Unsupported` for hidden folders, those with control characters in their names, and those nested too deep.
     pub(crate) fn of(relative: &Path) -> Result<Self> {
         let names = relative.components().map(|c| WireName::of(c.as_os_str()));
         names.collect::<Result<Vec<_>>>()?.try_into()
@@ -196,8 +206,18 @@ mod tests {
         for name in [r#""FULL-1-sda""#, r#""sda.qcow2""#, "[255, 254]", r#""a b""#] {
             assert!(read(name), "{name}");
         }
-        let bad =
-            [r#""..""#, r#"".""#, r#""""#, r#""a/b""#, r#"".ssh""#, r#""a\u0000""#, "[47]", "[]"];
+        let bad = [
+            r#""a\u001b[31m""#,
+            "[97,10]",
+            r#""..""#,
+            r#"".""#,
+            r#""""#,
+            r#""a/b""#,
+            r#"".ssh""#,
+            r#""a\u0000""#,
+            "[47]",
+            "[]",
+        ];
         for name in bad.iter().copied().chain(["[46,46]", "7", r#""/""#]) {
             assert!(!read(name), "{name}");
         }
@@ -207,6 +227,11 @@ mod tests {
         assert_eq!(folder(r#"["vm", "sda"]"#).unwrap().path(), Path::new("vm/sda"));
         assert!(folder(r#"["vm", ".fleecefs"]"#).is_err());
         assert!(folder(&format!("[{}\"x\"]", "\"x\",".repeat(DEEPEST))).is_err());
+        // As long as a path may be, and not longer.
+        let long =
+            |names: usize| format!("[{}\"x\"]", format!("{:?},", "x".repeat(255)).repeat(names));
+        assert!(folder(&long(7)).is_ok() && folder(&long(8)).is_err());
+        assert!(FolderPath::of(Path::new("vm/a\nb")).is_err());
         assert!(FolderPath::of(Path::new("../x")).is_err());
         assert!(FolderPath::of(Path::new("/x")).is_err());
     }
