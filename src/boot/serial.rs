@@ -20,8 +20,59 @@ const LAST: usize = 4 << 10;
 /// What has been seen so far.
 #[derive(Debug, Default)]
 struct Seen {
-    matched: bool,
+    expected: Expected,
     last: Vec<u8>,
+}
+
+/// What is waited for, and the line that is being written. A line is compared when it ends, and one that has not ended when
+/// somebody asks: a guest decides in how many pieces it comes, and not how often all of it is compared.
+#[derive(Debug, Default)]
+struct Expected {
+    expect: Option<Regex>,
+    line: Vec<u8>,
+    /// Whether the line has grown since it was compared.
+    has_grown: bool,
+    found: bool,
+    /// How often a line was compared.
+    #[cfg(test)]
+    compared: u64,
+}
+
+impl Expected {
+    fn take(&mut self, bytes: &[u8]) {
+        if self.expect.is_none() || self.found {
+            return;
+        }
+        for piece in bytes.split_inclusive(|b| *b == b'\n') {
+            self.line.extend(piece.iter().filter(|b| !b"\r\n".contains(b)));
+            self.has_grown = true;
+            if piece.ends_with(b"\n") || self.line.len() > LONGEST_LINE {
+                self.compare(true);
+                self.line.clear();
+                self.has_grown = false;
+            }
+        }
+    }
+
+    /// Whether it came: also in a line that does not end yet (a prompt).
+    fn has_come(&mut self) -> bool {
+        if self.has_grown {
+            self.has_grown = false;
+            self.compare(false);
+        }
+        self.found
+    }
+
+    /// Of a line that is not whole a match counts only if it ends before it: its end may be anywhere so far. (Such a match
+    /// is one in the whole line as well, so that none is missed between two looks.)
+    fn compare(&mut self, is_whole: bool) {
+        #[cfg(test)]
+        {
+            self.compared += 1;
+        }
+        let matched = self.expect.as_ref().and_then(|e| e.find(&self.line));
+        self.found |= matched.is_some_and(|m| is_whole || m.end() < self.line.len());
+    }
 }
 
 /// Where it goes.
@@ -44,7 +95,7 @@ impl Serial {
     /// Reads `port` in a thread of its own, until QEMU ends.
     pub(super) fn read(port: UnixStream, outputs: SerialOutputs) -> Self {
         let serial = Serial::default();
-        let mut reader = Reader { seen: serial.seen.clone(), outputs, line: Vec::new(), logged: 0 };
+        let mut reader = Reader::new(&serial, outputs);
         std::thread::spawn(move || {
             let mut port = port;
             let mut buf = [0; 4096];
@@ -57,7 +108,7 @@ impl Serial {
 
     /// Whether a line was what is waited for.
     pub(super) fn matched(&self) -> bool {
-        self.lock().matched
+        self.lock().expected.has_come()
     }
 
     /// The last that was written.
@@ -73,12 +124,15 @@ impl Serial {
 struct Reader {
     seen: Arc<Mutex<Seen>>,
     outputs: SerialOutputs,
-    /// The line that is being written.
-    line: Vec<u8>,
     logged: u64,
 }
 
 impl Reader {
+    fn new(serial: &Serial, mut outputs: SerialOutputs) -> Self {
+        serial.lock().expected.expect = outputs.expect.take();
+        Reader { seen: serial.seen.clone(), outputs, logged: 0 }
+    }
+
     fn take(&mut self, bytes: &[u8]) {
         if let Some(log) = &mut self.outputs.log
             && self.logged < LONGEST_LOG
@@ -94,29 +148,11 @@ impl Reader {
             // Nobody may read it any more.
             let _ = output::print(&visible_lines(&text));
         }
-        let matched = self.matches(bytes);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.matched |= matched;
+        seen.expected.take(bytes);
         seen.last.extend_from_slice(bytes);
         let more = seen.last.len().saturating_sub(LAST);
         seen.last.drain(..more);
-    }
-
-    /// Whether a line that ends here is what is waited for, or one that does not end yet (a prompt): that only if it
-    /// matches before its end, which may be anywhere so far.
-    fn matches(&mut self, bytes: &[u8]) -> bool {
-        let Some(expect) = &self.outputs.expect else { return false };
-        let mut found = false;
-        for piece in bytes.split_inclusive(|b| *b == b'\n') {
-            self.line.extend(piece.iter().filter(|b| !b"\r\n".contains(b)));
-            let is_whole = piece.ends_with(b"\n") || self.line.len() > LONGEST_LINE;
-            let matched = expect.find(&self.line);
-            found |= matched.is_some_and(|m| is_whole || m.end() < self.line.len());
-            if is_whole {
-                self.line.clear();
-            }
-        }
-        found
     }
 }
 
@@ -124,12 +160,27 @@ impl Reader {
 mod tests {
     use super::*;
 
-    fn seen(expect: &str, pieces: &[&str]) -> bool {
+    /// A port on which this is waited for, and what reads it.
+    fn port(expect: &str) -> (Serial, Reader) {
         let expect = Some(Regex::new(expect).unwrap());
-        let outputs = SerialOutputs { log: None, echo: false, expect };
-        let mut r = Reader { seen: Arc::default(), outputs, line: Vec::new(), logged: 0 };
+        let serial = Serial::default();
+        let reader = Reader::new(&serial, SerialOutputs { log: None, echo: false, expect });
+        (serial, reader)
+    }
+
+    /// Whether it is seen, whenever somebody asks.
+    fn seen(expect: &str, pieces: &[&str]) -> bool {
+        let (serial, mut r) = port(expect);
+        let asked: Vec<bool> = (pieces.iter())
+            .map(|p| {
+                r.take(p.as_bytes());
+                serial.matched()
+            })
+            .collect();
+        let (late, mut r) = port(expect);
         pieces.iter().for_each(|p| r.take(p.as_bytes()));
-        r.seen.lock().unwrap().matched
+        assert_eq!(late.matched(), asked.last() == Some(&true));
+        late.matched()
     }
 
     #[test]
@@ -146,12 +197,27 @@ mod tests {
 
     #[test]
     fn a_line_without_end_takes_no_memory() {
-        let outputs =
-            SerialOutputs { log: None, echo: false, expect: Some(Regex::new("x").unwrap()) };
-        let mut r = Reader { seen: Arc::default(), outputs, line: Vec::new(), logged: 0 };
+        let (serial, mut r) = port("x");
         for _ in 0..100 {
             r.take(&[b'a'; 4096]);
         }
-        assert!(r.line.len() <= LONGEST_LINE + 4096 && r.seen.lock().unwrap().last.len() == LAST);
+        let seen = serial.lock();
+        assert!(seen.expected.line.len() <= LONGEST_LINE + 4096 && seen.last.len() == LAST);
+    }
+
+    #[test]
+    fn a_guest_that_sends_single_bytes_has_no_line_compared_for_each() {
+        let (serial, mut r) = port("ready");
+        for n in 0..2 * LONGEST_LINE {
+            r.take(b"a");
+            if n % 4096 == 0 {
+                assert!(!serial.matched() && !serial.matched());
+            }
+        }
+        // When somebody asked, and when the line had become too long.
+        let compared = serial.lock().expected.compared;
+        assert!((2..=10).contains(&compared), "{compared}");
+        b"\nready> ".chunks(1).for_each(|b| r.take(b));
+        assert!(serial.matched());
     }
 }
