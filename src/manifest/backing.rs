@@ -108,6 +108,7 @@ mod tests {
             assert_eq!(other.compare(&known()), Compared::Changed, "{other:?}");
         }
         assert_eq!(unknown().compare(&unknown()), Compared::Unknown);
+        assert!(known().is_unwritten(&known()) && !unknown().is_unwritten(&unknown()));
         assert_eq!(unknown().compare(&known()), Compared::Uncertain);
         assert_eq!(known().compare(&unknown()), Compared::Uncertain);
         for other in [

@@ -463,6 +463,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_renamed_manifest_says_nothing_of_another_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), &example("FULL-1-sda", Level::Full, None)).unwrap();
+        let side = folder::Folder::open(path.parent().unwrap()).unwrap();
+        let read = |image: &str| {
+            read_brief(&side.handle(path.file_name().unwrap()).unwrap(), OsStr::new(image), &path)
+        };
+        assert_eq!(read("FULL-1-sda").unwrap().level, Level::Full);
+        assert_eq!(read("FULL-2-sda").unwrap_err().kind(), Kind::Corrupt);
+    }
+
+    #[test]
     fn what_nobody_recorded_is_unknown_and_not_a_crash() {
         let dir = tempfile::tempdir().unwrap();
         let brief = |m: &Manifest| {

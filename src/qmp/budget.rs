@@ -119,6 +119,12 @@ mod tests {
             assert_eq!(e.kind(), Kind::Corrupt, "{item}");
             parse(list(item, 1000).as_bytes(), 48 << 20).unwrap();
         }
+        // Behind a text that has a quote in it, or ends in a backslash.
+        for text in ["\"\\\"\"", "\"\\\\\"", "\"\\\\\\\"\""] {
+            let list = format!("[{text},{}0]", "[],".repeat(1 << 20));
+            let e = parse(list.as_bytes(), 48 << 20).unwrap_err();
+            assert_eq!(e.kind(), Kind::Corrupt, "{text}");
+        }
         let long = format!("\"{}\"", "[{,".repeat(1 << 20));
         parse(long.as_bytes(), 4 << 20).unwrap();
         parse(long.as_bytes(), 2 << 20).unwrap_err();

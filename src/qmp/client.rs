@@ -554,4 +554,7 @@ fn not_qmp(peer: &str) -> Error {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+
+#[cfg(test)]
 mod tests;

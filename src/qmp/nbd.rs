@@ -438,7 +438,11 @@ mod tests {
 
     /// An option reply.
     fn reply(s: &mut UnixStream, kind: u32, payload: &[u8]) -> std::io::Result<()> {
-        let mut r = OPTION_REPLY.to_be_bytes().to_vec();
+        reply_as(s, OPTION_REPLY, kind, payload)
+    }
+
+    fn reply_as(s: &mut UnixStream, magic: u64, kind: u32, payload: &[u8]) -> std::io::Result<()> {
+        let mut r = magic.to_be_bytes().to_vec();
         r.extend(0u32.to_be_bytes());
         r.extend(kind.to_be_bytes());
         r.extend((payload.len() as u32).to_be_bytes());
@@ -446,34 +450,47 @@ mod tests {
         s.write_all(&r)
     }
 
-    fn handshake(s: &mut UnixStream, size: u64) {
-        s.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+    /// Until the client knows the size; the first reply begins with `magic`.
+    fn handshake(s: &mut UnixStream, magic: u64, size: u64) -> std::io::Result<()> {
+        s.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
         let mut buf = [0u8; 4096];
-        s.read_exact(&mut buf[..4 + 16]).unwrap();
-        reply(s, REP_ACK, &[]).unwrap();
-        s.read_exact(&mut buf[..16 + 4 + 1 + 4 + 4 + 15]).unwrap();
-        reply(s, 4, &[&7u32.to_be_bytes()[..], b"base:allocation"].concat()).unwrap();
-        reply(s, REP_ACK, &[]).unwrap();
-        s.read_exact(&mut buf[..16 + 4 + 1 + 2]).unwrap();
+        s.read_exact(&mut buf[..4 + 16])?;
+        reply_as(s, magic, REP_ACK, &[])?;
+        s.read_exact(&mut buf[..16 + 4 + 1 + 4 + 4 + 15])?;
+        reply(s, 4, &[&7u32.to_be_bytes()[..], b"base:allocation"].concat())?;
+        reply(s, REP_ACK, &[])?;
+        s.read_exact(&mut buf[..16 + 4 + 1 + 2])?;
         let info = [&[0, 0][..], &size.to_be_bytes(), &[0, 0]].concat();
-        reply(s, 3, &info).unwrap();
-        reply(s, REP_ACK, &[]).unwrap();
+        reply(s, 3, &info)?;
+        reply(s, REP_ACK, &[])
+    }
+
+    /// The payload of a block status in a context.
+    fn status_of(context: u32, list: &[(u32, u32)]) -> Vec<u8> {
+        [&context.to_be_bytes()[..], &extents(list)].concat()
     }
 
     /// Answers block status with these extents again and again.
-    fn status(mut s: UnixStream, size: u64, list: &[(u32, u32)], len: Option<u32>) {
-        handshake(&mut s, size);
-        let body = extents(list);
+    fn status(s: UnixStream, size: u64, list: &[(u32, u32)], len: Option<u32>) {
+        chunks(s, size, &[(5, status_of(7, list))], len);
+    }
+
+    /// Answers block status with these chunks (kind and payload), which may claim to be of length `len`, again and
+    /// again.
+    fn chunks(mut s: UnixStream, size: u64, list: &[(u16, Vec<u8>)], len: Option<u32>) {
+        handshake(&mut s, OPTION_REPLY, size).unwrap();
         let mut buf = [0u8; 28];
         while s.read_exact(&mut buf).is_ok() && buf[7] == CMD_BLOCK_STATUS as u8 {
-            let mut r = STRUCTURED_REPLY.to_be_bytes().to_vec();
-            r.extend([0, 1, 0, 5]);
-            r.extend(&buf[8..16]);
-            r.extend(len.unwrap_or(body.len() as u32 + 4).to_be_bytes());
-            r.extend(7u32.to_be_bytes());
-            r.extend(&body);
-            if s.write_all(&r).is_err() {
-                return;
+            for (i, (kind, payload)) in list.iter().enumerate() {
+                let mut r = STRUCTURED_REPLY.to_be_bytes().to_vec();
+                r.extend(u16::from(i + 1 == list.len()).to_be_bytes());
+                r.extend(kind.to_be_bytes());
+                r.extend(&buf[8..16]);
+                r.extend(len.unwrap_or(payload.len() as u32).to_be_bytes());
+                r.extend(payload);
+                if s.write_all(&r).is_err() {
+                    return;
+                }
             }
         }
     }
@@ -532,6 +549,27 @@ mod tests {
             let _ = reply(&mut s, REP_ERROR | 1, &vec![b'x'; 16 << 20]);
         };
         assert_eq!(kind(against(text, LONG)), Kind::Peer);
+        // A reply that is none.
+        let magic = |mut s: UnixStream| {
+            let _ = handshake(&mut s, !OPTION_REPLY, 0);
+        };
+        assert_eq!(kind(against(magic, LONG)), Kind::Peer);
+    }
+
+    #[test]
+    fn what_came_before_an_error_is_no_answer() {
+        let error = [&5u32.to_be_bytes()[..], &[0, 0]].concat();
+        let list = [(5, status_of(7, &[(1 << 20, 2)])), (0x8001, error)];
+        let e = against(move |s| chunks(s, 1 << 20, &list, None), LONG).unwrap_err();
+        assert_eq!(e.kind(), Kind::Peer);
+    }
+
+    /// Nobody asked for it, and its flags mean something else.
+    #[test]
+    fn the_status_of_another_context_says_nothing_of_zeros() {
+        let list = [(5, status_of(8, &[(1 << 20, 2)])), (5, status_of(7, &[(1 << 20, 0)]))];
+        let got = against(move |s| chunks(s, 1 << 20, &list, None), LONG).unwrap();
+        assert_eq!(got, (1 << 20, Vec::new()));
     }
 
     #[test]

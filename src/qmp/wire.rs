@@ -269,6 +269,17 @@ mod tests {
     }
 
     #[test]
+    fn what_came_for_other_questions_is_no_flood() {
+        let (_d, mut w, mut s) = pair();
+        w.limits.flood = 1000;
+        for _ in 0..10 {
+            s.write_all(&[&[b' '; 600][..], b"{}\n"].concat()).unwrap();
+            assert!(w.json(soon()).unwrap().is_some());
+            w.rest();
+        }
+    }
+
+    #[test]
     fn a_line_without_end_is_cut_off() {
         let (_d, mut w, s) = pair();
         w.limits.line = 1 << 20;

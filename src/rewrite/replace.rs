@@ -468,3 +468,6 @@ fn sweep(dir: &Folder) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

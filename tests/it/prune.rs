@@ -65,6 +65,30 @@ fn nothing_goes_without_a_good_newest_point() {
     assert_eq!(names(&root), before[3..]);
 }
 
+/// Two images over one file of bytes: whoever copied the smaller of both files has that.
+#[test]
+fn a_data_file_that_a_kept_point_needs_stays() {
+    if !tools::have("a_data_file_that_a_kept_point_needs_stays", &TOOLS) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("sda");
+    std::fs::create_dir(&folder).unwrap();
+    let option = format!("data_file={}", folder.join("bytes.bin").display());
+    let images = [1_700_000_000, 1_700_003_600].map(|t| format!("FULL-{t}-sda.qcow2"));
+    for image in &images {
+        let image = folder.join(image);
+        let image = image.to_str().unwrap();
+        run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &option, image, "1M"]);
+    }
+    succeed(&["verify", "--create"], dir.path());
+    succeed(&["prune", "--keep-last", "1"], dir.path());
+    let mut left = names(dir.path());
+    left.sort();
+    assert_eq!(left, [images[1].as_str(), "bytes.bin"]);
+    succeed(&["verify"], dir.path());
+}
+
 #[test]
 fn a_consolidated_chain_is_right_and_goes_on() {
     if !tools::have("a_consolidated_chain_is_right_and_goes_on", &TOOLS) {

@@ -483,3 +483,6 @@ fn delete(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

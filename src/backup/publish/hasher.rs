@@ -378,6 +378,17 @@ mod tests {
         Ok((hash, known.count()))
     }
 
+    /// However long QEMU makes it: for each unit that is hashed something is kept.
+    #[test]
+    fn no_more_is_hashed_ahead_than_the_longest_image_of_the_disk() {
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let mut hasher = AheadHasher::new(file, "image".into(), 1 << 20);
+        let longest = hasher.longest;
+        hasher.go_on(CopyMark { guest: 0, length: u64::MAX });
+        assert!((1 << 20..1 << 30).contains(&longest));
+        assert_eq!(hasher.control.now().mark.length, longest);
+    }
+
     #[test]
     fn whatever_qemu_does_the_hash_is_that_of_the_file() {
         let (mut used, mut failed, mut stale) = (0, 0, 0);

@@ -1,3 +1,5 @@
+mod undone;
+
 use super::*;
 use crate::backup::Quiet;
 use crate::folder::FileMode;

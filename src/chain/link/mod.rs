@@ -435,6 +435,8 @@ fn contradiction(pointer: &str, name: &OsStr, base: &ChainFile, exists: bool) ->
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
     use super::*;
 
     #[test]
@@ -443,5 +445,60 @@ mod tests {
         assert_eq!(at("./../e//f"), Some("/b/e/f".into()));
         assert_eq!(at("/x/../y"), Some("/y".into()));
         assert_eq!(at("../../../../etc/hostname"), None);
+    }
+
+    fn file<'a>(
+        path: &'a OsStr,
+        level: Level,
+        stamp: i64,
+        backing: Option<&'a str>,
+    ) -> ChainFile<'a> {
+        ChainFile {
+            path: Path::new(path),
+            aliases: &[],
+            level,
+            stamp: Some(stamp),
+            raw: false,
+            backing,
+            manifest: None,
+            unreadable: None,
+            gone: None,
+        }
+    }
+
+    /// The parents of these files: `None` where it is not known, and of roots.
+    fn parents(files: &[ChainFile]) -> Vec<Option<usize>> {
+        let parent = |p: Parent| if let Parent::On(i) = p { Some(i) } else { None };
+        link(files, &[]).0.into_iter().map(parent).collect()
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_found_by_what_images_say_of_them() {
+        let full = OsStr::from_bytes(b"d/FULL-1-\xff");
+        let inc = OsStr::from_bytes(b"d/INC-2-\xff");
+        let files =
+            |pointer| [file(full, Level::Full, 1, None), file(inc, Level::Inc, 2, Some(pointer))];
+        assert_eq!(parents(&files("FULL-1-\u{fffd}")), [None, Some(0)]);
+        assert_eq!(parents(&files("FULL-1-x")), [None, None]);
+    }
+
+    #[test]
+    fn of_two_of_one_second_the_one_that_names_the_other_is_no_parent_of_it() {
+        let [full, inc, next] = ["FULL-1-d", "INC-5-d", "INC-5-d.qcow2"].map(OsStr::new);
+        let files = |backing| {
+            let above = file(next, Level::Inc, 5, backing);
+            [file(full, Level::Full, 1, None), file(inc, Level::Inc, 5, None), above]
+        };
+        assert_eq!(parents(&files(Some("INC-5-d"))), [None, Some(0), Some(1)]);
+        // Either may be the first.
+        assert_eq!(parents(&files(None)), [None, None, None]);
+    }
+
+    #[test]
+    fn one_of_the_same_second_alone_is_a_parent_only_if_the_image_says_so() {
+        let [full, inc] = ["FULL-5-d", "INC-5-d"].map(OsStr::new);
+        let files = |backing| [file(full, Level::Full, 5, None), file(inc, Level::Inc, 5, backing)];
+        assert_eq!(parents(&files(None)), [None, None]);
+        assert_eq!(parents(&files(Some("FULL-5-d"))), [None, Some(0)]);
     }
 }

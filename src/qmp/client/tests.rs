@@ -1,27 +1,10 @@
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::Write;
 
+use super::testing::{client_of, listen, serve};
 use super::*;
 
-/// Greets as QEMU does, and answers each request by the lines that `answer` gives.
-fn serve(mut s: UnixStream, mut answer: impl FnMut(Value) -> Vec<Value>) {
-    let version = json!({"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""});
-    writeln!(s, "{}", json!({"QMP": {"version": version, "capabilities": []}})).unwrap();
-    for line in BufReader::new(s.try_clone().unwrap()).lines().map_while(|l| l.ok()) {
-        let said = answer(serde_json::from_str(&line).unwrap());
-        // Nobody may be there any more.
-        said.iter().for_each(|l| writeln!(s, "{l}").unwrap_or_default());
-    }
-}
-
-fn empty_answer(request: Value) -> Vec<Value> {
-    vec![json!({"return": [], "id": request["id"]})]
-}
-
-fn listen() -> (tempfile::TempDir, UnixListener, Address) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("qmp");
-    (dir, UnixListener::bind(&path).unwrap(), Address::Unix(path))
+fn empty_answer(request: Value) -> Option<Vec<Value>> {
+    Some(vec![json!({"return": [], "id": request["id"]})])
 }
 
 /// The client before died while QEMU was at work for it.
@@ -59,16 +42,6 @@ fn a_connection_that_is_closed_before_the_greeting_is_made_anew_and_not_for_ever
     assert_eq!(refused.kind(), Kind::Peer);
 }
 
-/// A client of somebody who answers each request by the lines that `answer` gives.
-fn client_of(
-    answer: impl FnMut(Value) -> Vec<Value> + Send + 'static,
-) -> (tempfile::TempDir, Client) {
-    let (dir, listener, address) = listen();
-    std::thread::spawn(move || serve(listener.accept().unwrap().0, answer));
-    let client = Client::connect(&address).unwrap();
-    (dir, client)
-}
-
 fn is(request: &Value, command: &str) -> bool {
     request["execute"] == command
 }
@@ -80,9 +53,9 @@ fn a_late_answer_is_not_that_to_the_next_command() {
         let answer = |what| json!({"return": what, "id": request["id"]});
         if is(&request, "slow") {
             late = Some(answer("late"));
-            return Vec::new();
+            return Some(Vec::new());
         }
-        late.take().into_iter().chain([answer("now")]).collect()
+        Some(late.take().into_iter().chain([answer("now")]).collect())
     });
     assert!(!client.timed_out());
     client.timeout = Duration::from_millis(50);

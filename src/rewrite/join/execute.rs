@@ -176,3 +176,45 @@ fn tidy(from: &Folder, root: &Path) {
         log::info!("{}: stays: {e}", path_text(from.path()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::scan::{ScanOptions, scan};
+
+    /// The new name is taken by then.
+    #[test]
+    fn a_link_that_fails_leaves_no_journal_and_all_points() {
+        let t = tempfile::tempdir().unwrap();
+        let root = t.path().canonicalize().unwrap();
+        let [from, to] = ["old", "new"].map(|d| root.join(d));
+        for (dir, image) in [(&from, "FULL-1-old"), (&to, "FULL-1-new")] {
+            std::fs::create_dir(dir).unwrap();
+            std::fs::write(dir.join(image), image).unwrap();
+        }
+        let id = FileId::of(&std::fs::metadata(from.join("FULL-1-old")).unwrap());
+        let point = RenamedImage {
+            from: "FULL-1-old".into(),
+            to: "FULL-1-new".into(),
+            time: 1,
+            id: Some(id),
+            manifest: None,
+        };
+        let linking = Linking { old: "old".into(), new: "new".into(), ..Default::default() };
+        let plan = JoinPlan {
+            old: "old".into(),
+            new: "new".into(),
+            points: vec![point],
+            left: Vec::new(),
+            linking,
+            from: from.clone(),
+            to: to.clone(),
+        };
+        let catalog = scan(&root, &ScanOptions::default(), None).unwrap().0;
+        assert_eq!(execute(&plan, &catalog, &()).unwrap_err().kind(), Kind::Changed);
+        for (dir, image) in [(&from, "FULL-1-old"), (&to, "FULL-1-new")] {
+            assert!(linking::read_in(&Folder::open(dir).unwrap()).unwrap().is_none());
+            assert_eq!(std::fs::read(dir.join(image)).unwrap(), image.as_bytes());
+        }
+    }
+}
