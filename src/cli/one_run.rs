@@ -88,6 +88,25 @@ pub(super) fn warn_of_others(disks: &[PathBuf]) {
     }
 }
 
+/// Tells which images of a run are missing, and how many. One whose manifest alone is gone is the run's by its time.
+pub(super) fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
+    let is = |i: &MissingImage| {
+        let same = |d: &Disk, at: usize| {
+            d.points[at].name == i.image && d.path.parent() == Some(i.folder.as_path())
+        };
+        run.points.iter().any(|(d, at)| same(d, *at))
+    };
+    let (found, missing): (Vec<_>, Vec<_>) = run.missing.iter().partition(|i| is(i));
+    let what = |i: &MissingImage| (i.disk_text(), run::missing_text(catalog, i));
+    for (disk, what) in found.into_iter().map(what) {
+        log::warn!("disk {disk}: {what}: it is restored by the time in its name");
+    }
+    for (disk, what) in missing.iter().copied().map(what) {
+        log::error!("disk {disk}: not restored: {what}");
+    }
+    missing.len()
+}
+
 /// That an image of a run is missing, or its manifest.
 pub(super) fn is_missing(catalog: &Catalog, image: &MissingImage) -> Error {
     let what = format!("{}, of disk {}", run::missing_text(catalog, image), image.disk_text());

@@ -16,7 +16,7 @@ use super::state::StateArgs;
 use super::values::{CompressArg, FileFormat};
 use super::work::{WorkArgs, cancel_flag};
 use super::{one_run, paths, unsound, verbosity};
-use crate::chain::{Catalog, Disk, MissingImage, POINT_HELP};
+use crate::chain::{Catalog, Disk, POINT_HELP};
 use crate::error::{Error, Kind, Result};
 use crate::folder::FileId;
 use crate::history::Entry;
@@ -220,31 +220,12 @@ fn check_missing(missing: usize, restored: usize) -> Result<()> {
     Err(Error::new(Kind::Partial, text).remedy("their names are above"))
 }
 
-/// Tells which images of a run are missing, and how many. One whose manifest alone is gone is the run's by its time.
-fn tell_missing(catalog: &Catalog, run: &run::Run<'_>) -> usize {
-    let is = |i: &MissingImage| {
-        let same = |d: &Disk, at: usize| {
-            d.points[at].name == i.image && d.path.parent() == Some(i.folder.as_path())
-        };
-        run.points.iter().any(|(d, at)| same(d, *at))
-    };
-    let (found, missing): (Vec<_>, Vec<_>) = run.missing.iter().partition(|i| is(i));
-    let what = |i: &MissingImage| (i.disk_text(), run::missing_text(catalog, i));
-    for (disk, what) in found.into_iter().map(what) {
-        log::warn!("disk {disk}: {what}: it is restored by the time in its name");
-    }
-    for (disk, what) in missing.iter().copied().map(what) {
-        log::error!("disk {disk}: not restored: {what}");
-    }
-    missing.len()
-}
-
 /// What is to be restored, and how many images of a run are missing.
 fn jobs<'a>(args: &RestoreArgs, catalog: &'a Catalog) -> Result<(Vec<Job<'a>>, usize)> {
     if let (Some(name), Some(to)) = (&args.run, &args.to) {
         let run = run::find(catalog, name)?;
         one_run::warn_of_others(&run.without);
-        let missing = tell_missing(catalog, &run);
+        let missing = one_run::tell_missing(catalog, &run);
         let to = paths::to_make(to)?;
         let names = names_in_run(args.how.format, &run.points);
         let job = |((disk, point), (name, format)): (&(&'a Disk, usize), (PathBuf, FileFormat))| {
