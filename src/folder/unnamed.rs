@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 
 use rustix::fs::{Mode, OFlags};
@@ -50,9 +51,15 @@ impl Folder {
         let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
         let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
         // The name gets the mode that the socket has, so that nothing is done to what the name stands for later.
-        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        let private = rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR);
         // By the folder's descriptor: a socket's address has 108 bytes.
         net::bind(&socket, &SocketAddrUnix::new(self.proc_path().join(name))?)?;
+        if let Err(e) = private
+            && self.look(name)?.mode() & 0o022 != 0
+        {
+            // Others could connect.
+            return Err(e.into());
+        }
         net::listen(&socket, BACKLOG)?;
         Ok(socket.into())
     }

@@ -460,6 +460,7 @@ mod tests {
             stamp: Some(stamp),
             raw: false,
             backing,
+            backing_is_beside: false,
             manifest: None,
             unreadable: None,
             gone: None,
