@@ -35,14 +35,18 @@ looked() {
     (set -e && eval "$commands") 2>&1 || echo "failed: $?"
 }
 
-host() {
+start() {
     echo 1 >/proc/sys/kernel/printk
     modprobe -d "$modules" -a dm_mod dm_crypt xts aes_generic sha256_generic algif_skcipher fuse loop ext4 2>/dev/null || true
     /lib/systemd/systemd-udevd --daemon 2>/dev/null && udevadm trigger && udevadm settle
+    ln -sf "$fleecefs" /usr/local/sbin/fleecefs
+    ln -sfn /proc/self/fd /dev/fd
+}
+
+host() {
     lvm vgcreate -q -q vg /dev/vda
     lvm lvcreate -q -q -y -n root -L 64m vg
     mkfs.ext4 -q /dev/vg/root
-    ln -sf "$fleecefs" /usr/local/bin/fleecefs
 }
 
 # settings DEVICE: LVM sees this device alone, as the page has it.
@@ -69,19 +73,15 @@ filled() {
 guest() {
     local disk=$work/disk loop
     truncate -s 160M "$disk"
-    printf 'label: gpt\nsize=40M\nsize=60M\n\n' | sfdisk -q "$disk"
+    printf 'label: gpt\nsize=40M\nsize=60M\nsize=+\n' | sfdisk -q "$disk"
     loop=$(losetup -P -f --show "$disk")
     udevadm settle
     filled "${loop}p1" plain
     settings "${loop}p2"
     lvm vgcreate -q -q vg "${loop}p2"
-    lvm lvcreate -q -q -an -Zn -Wn -n root -l 100%FREE vg
-    # Of two groups of one name the kernel has one at a time.
-    lvm vgrename -q -q vg made
-    lvm vgchange -q -q -ay made
-    filled /dev/made/root volume
-    lvm vgchange -q -q -an made
-    lvm vgrename -q -q made vg
+    lvm lvcreate -q -q -y -n root -l 100%FREE vg
+    filled /dev/vg/root volume
+    lvm vgchange -q -q -an vg
     unset LVM_SYSTEM_DIR
     printf secret >"$work/key"
     cryptsetup luksFormat -q --pbkdf pbkdf2 --pbkdf-force-iterations 1000 "${loop}p3" "$work/key"
@@ -133,7 +133,9 @@ by_hand() {
 }
 
 mkdir -p "$work"
-host
+start
+# (The kernel has one group of a name at a time.)
 guest
+host
 by_hand
 [ "$bad" = 0 ]
