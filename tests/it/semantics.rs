@@ -46,6 +46,10 @@ fn every_promise_names_a_test_that_exists() {
                     [path.join("tests.rs"), path.join("mod.rs"), path.with_extension("rs")];
                 places.into_iter().find(|p| p.exists()).unwrap_or(path)
             }
+            // Tests of a module that are a folder.
+            None if file.contains("::tests::") => {
+                root("src").join(file.replace("::", "/")).with_extension("rs")
+            }
             None => test_module(file),
         };
         assert!(tests_in(&path).contains(test), "no test {promise}");
